@@ -1,0 +1,149 @@
+//! Virtio devices (Virtual I/O Device specification 1.2): what every chip
+//! implements, and the virtio-mmio transport that puts a chip on the bus.
+
+use std::collections::BTreeMap;
+use std::os::fd::BorrowedFd;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use virtio_bindings::virtio_mmio::{VIRTIO_MMIO_INT_CONFIG, VIRTIO_MMIO_INT_VRING};
+use virtio_queue::Queue;
+use vmm_sys_util::eventfd::EventFd;
+
+use crate::memory::GuestMemory;
+
+pub mod block;
+pub mod rng;
+pub mod vsock;
+
+/// What a device counts, by the counter's name.
+pub type Counters = BTreeMap<&'static str, u64>;
+
+/// One virtio chip. It knows its queues and its backend, never the bus it sits
+/// on, so that it can be tested with nothing but guest memory.
+///
+/// The transport calls every method under the device's lock: `activate` and
+/// `reset` from the vCPU thread whose driver asked for it, `queue_notified` and
+/// `source_ready` from the event loop. None of them may block for long.
+pub trait VirtioDevice: Send {
+    /// Virtio device id (section 5).
+    fn device_id(&self) -> u32;
+
+    /// The largest size of each virtqueue; its length is the number of queues.
+    fn queue_sizes(&self) -> &[u16];
+
+    /// Feature bits the device offers. The transport adds VIRTIO_F_VERSION_1.
+    fn features(&self) -> u64;
+
+    /// Reads the device's configuration space. What lies past its end reads as
+    /// zeros.
+    fn read_config(&self, offset: u64, data: &mut [u8]);
+
+    /// Descriptors the event loop watches for readability, level-triggered,
+    /// from before the guest runs until the machine is gone. A device whose
+    /// descriptors come and go puts them in an epoll instance of its own and
+    /// names that here.
+    fn sources(&self) -> Vec<BorrowedFd<'_>> {
+        Vec::new()
+    }
+
+    /// The driver is ready (DRIVER_OK): the queues are checked, enabled and from
+    /// now on the device's own.
+    fn activate(&mut self, activation: Activation) -> Result<(), ActivateError>;
+
+    /// The driver notified a queue. Only called while active.
+    fn queue_notified(&mut self, queue: usize);
+
+    /// A source is readable, by its place in [`VirtioDevice::sources`]. May be
+    /// called while inactive; the device must then still make it unreadable.
+    fn source_ready(&mut self, _source: usize) {}
+
+    /// The driver reset the device: it forgets its queues and waits for, or
+    /// drops, all it has in flight. It touches no guest memory after this.
+    fn reset(&mut self);
+
+    /// What the device has done since it was made.
+    fn counters(&self) -> Counters;
+}
+
+/// What a device gets when its driver is ready.
+#[derive(Debug)]
+pub struct Activation {
+    pub memory: GuestMemory,
+    /// One for each of [`VirtioDevice::queue_sizes`]; all valid and ready.
+    pub queues: Vec<Queue>,
+    pub interrupt: Interrupt,
+    /// The feature bits that the driver accepted.
+    pub features: u64,
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum ActivateError {
+    #[error("the driver left a queue of the device unset")]
+    MissingQueue,
+    #[error("the device's backend failed to start")]
+    Backend(#[source] std::io::Error),
+}
+
+/// A device's interrupt line: the status register the driver reads, and the
+/// irqfd that raises it.
+#[derive(Clone, Debug)]
+pub struct Interrupt {
+    status: Arc<AtomicU32>,
+    irqfd: Arc<EventFd>,
+}
+
+// === impl Interrupt ===
+
+impl Interrupt {
+    pub fn new(irqfd: EventFd) -> Self {
+        Self {
+            status: Arc::new(AtomicU32::new(0)),
+            irqfd: Arc::new(irqfd),
+        }
+    }
+
+    /// Tells the driver that a queue has used buffers (VIRTIO_MMIO_INT_VRING).
+    pub fn signal_used_queue(&self) {
+        self.signal(VIRTIO_MMIO_INT_VRING);
+    }
+
+    /// Tells the driver that the configuration or the status has changed.
+    pub fn signal_config_change(&self) {
+        self.signal(VIRTIO_MMIO_INT_CONFIG);
+    }
+
+    fn signal(&self, bit: u32) {
+        self.status.fetch_or(bit, Ordering::SeqCst);
+        // An eventfd write fails only when the counter is full, and then the
+        // interrupt is pending already.
+        let _ = self.irqfd.write(1);
+    }
+
+    /// InterruptStatus, as the driver reads it.
+    pub fn status(&self) -> u32 {
+        self.status.load(Ordering::SeqCst)
+    }
+
+    /// InterruptACK: clears the bits that the driver has handled.
+    pub fn acknowledge(&self, bits: u32) {
+        self.status.fetch_and(!bits, Ordering::SeqCst);
+    }
+
+    /// The descriptor to register with KVM.
+    pub fn irqfd(&self) -> &EventFd {
+        &self.irqfd
+    }
+}
+
+/// Copies the part of a configuration space that a read covers, zeros past it.
+pub fn read_config_space(space: &[u8], offset: u64, data: &mut [u8]) {
+    data.fill(0);
+    let Ok(start) = usize::try_from(offset) else {
+        return;
+    };
+    if let Some(rest) = space.get(start..) {
+        let n = rest.len().min(data.len());
+        data[..n].copy_from_slice(&rest[..n]);
+    }
+}
