@@ -1,0 +1,186 @@
+use std::os::fd::{AsFd, BorrowedFd};
+
+use virtio_bindings::virtio_blk::{
+    VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_RO,
+    VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_TOPOLOGY, VIRTIO_BLK_F_WRITE_ZEROES,
+};
+use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
+use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
+use virtio_queue::QueueT;
+
+use super::disk::Disk;
+use super::engine::{Engine, SetupError};
+use super::layer::Layer;
+use super::metrics::Metrics;
+use super::queue::{Active, Backend};
+use super::request::{SEGMENTS_MAX, ZERO_MAX_SECTORS};
+use super::{BLOCK_BYTES, BlockConfig, BlockError, ID_MAX_BYTES, QUEUE_SIZE, SECTOR_BYTES};
+use crate::devices::virtio::{
+    ActivateError, Activation, Counters, VirtioDevice, read_config_space,
+};
+use crate::rate_limiter::RateLimiter;
+
+/// The length of `struct virtio_blk_config` up to the write-zeroes fields.
+const CONFIG_BYTES: usize = 60;
+
+/// The place of each source in [`VirtioDevice::sources`].
+const ENGINE: usize = 0;
+const LIMITER: usize = 1;
+
+/// The block device.
+pub struct Block {
+    backend: Backend,
+    active: Option<Active>,
+}
+
+// === impl Block ===
+
+impl Block {
+    /// Checks the files, lays out the layer if it is empty, and sets up the
+    /// ring. Must run before the seccomp filter that denies io_uring_setup.
+    pub fn new(config: BlockConfig) -> Result<Self, BlockError> {
+        let id = padded_id(&config.id)?;
+        let disk = Disk::new(config.base, config.size_bytes, config.layer)?;
+        let engine = Engine::new(&disk.files()).map_err(|error| match error {
+            SetupError::Unavailable(error) => BlockError::IoUringUnavailable(error),
+            SetupError::Failed(error) => BlockError::IoUring(error),
+        })?;
+        let limiter = RateLimiter::new(config.rate_limit).map_err(BlockError::Timer)?;
+        Ok(Self {
+            backend: Backend {
+                id,
+                disk,
+                engine,
+                limiter,
+                metrics: Metrics::default(),
+            },
+            active: None,
+        })
+    }
+
+    fn process(&mut self) {
+        if let Some(active) = &mut self.active {
+            active.process(&mut self.backend);
+        }
+    }
+
+    /// The configuration space (5.2.4).
+    fn config(&self) -> [u8; CONFIG_BYTES] {
+        let mut config = [0; CONFIG_BYTES];
+        let mut put = |at: usize, bytes: &[u8]| config[at..at + bytes.len()].copy_from_slice(bytes);
+        let sectors = self.backend.disk.size_bytes() / SECTOR_BYTES;
+        let block_sectors = (BLOCK_BYTES / SECTOR_BYTES) as u32;
+        put(0, &sectors.to_le_bytes());
+        put(12, &SEGMENTS_MAX.to_le_bytes());
+        put(20, &(BLOCK_BYTES as u32).to_le_bytes());
+        // Topology: one logical block in a physical one, aligned; the least and
+        // the best I/O are one block (both in logical blocks).
+        put(24, &[0, 0]);
+        put(26, &1u16.to_le_bytes());
+        put(28, &1u32.to_le_bytes());
+        put(34, &1u16.to_le_bytes());
+        if self.backend.disk.is_writable() {
+            put(36, &ZERO_MAX_SECTORS.to_le_bytes());
+            put(40, &1u32.to_le_bytes());
+            put(44, &block_sectors.to_le_bytes());
+            put(48, &ZERO_MAX_SECTORS.to_le_bytes());
+            put(52, &1u32.to_le_bytes());
+            put(56, &[1]);
+        }
+        config
+    }
+}
+
+impl VirtioDevice for Block {
+    fn device_id(&self) -> u32 {
+        VIRTIO_ID_BLOCK
+    }
+
+    fn queue_sizes(&self) -> &[u16] {
+        &[QUEUE_SIZE]
+    }
+
+    fn features(&self) -> u64 {
+        let always = 1 << VIRTIO_BLK_F_SEG_MAX
+            | 1 << VIRTIO_BLK_F_BLK_SIZE
+            | 1 << VIRTIO_BLK_F_TOPOLOGY
+            | 1 << VIRTIO_RING_F_EVENT_IDX
+            | 1 << VIRTIO_RING_F_INDIRECT_DESC;
+        always
+            | if self.backend.disk.is_writable() {
+                1 << VIRTIO_BLK_F_FLUSH | 1 << VIRTIO_BLK_F_DISCARD | 1 << VIRTIO_BLK_F_WRITE_ZEROES
+            } else {
+                1 << VIRTIO_BLK_F_RO
+            }
+    }
+
+    fn read_config(&self, offset: u64, data: &mut [u8]) {
+        read_config_space(&self.config(), offset, data);
+    }
+
+    fn sources(&self) -> Vec<BorrowedFd<'_>> {
+        let limiter = self.backend.limiter.as_ref().map(AsFd::as_fd);
+        std::iter::once(self.backend.engine.as_fd())
+            .chain(limiter)
+            .collect()
+    }
+
+    fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
+        let mut queue = activation
+            .queues
+            .into_iter()
+            .next()
+            .ok_or(ActivateError::MissingQueue)?;
+        queue.set_event_idx(activation.features & 1 << VIRTIO_RING_F_EVENT_IDX != 0);
+        let write_through = activation.features & 1 << VIRTIO_BLK_F_FLUSH == 0;
+        self.active = Some(Active::new(
+            activation.memory,
+            queue,
+            activation.interrupt,
+            write_through,
+        ));
+        // A restored driver may have requests in its ring and no reason to
+        // notify us of them.
+        self.backend.engine.wake();
+        Ok(())
+    }
+
+    fn queue_notified(&mut self, _queue: usize) {
+        self.process();
+    }
+
+    fn source_ready(&mut self, source: usize) {
+        match source {
+            ENGINE => self.backend.engine.acknowledge(),
+            LIMITER => {
+                if let Some(limiter) = &self.backend.limiter {
+                    limiter.acknowledge();
+                }
+            }
+            _ => {}
+        }
+        self.process();
+    }
+
+    fn reset(&mut self) {
+        if let Some(active) = self.active.take() {
+            active.reset(&mut self.backend);
+        }
+    }
+
+    fn counters(&self) -> Counters {
+        let layer_blocks = self.backend.disk.layer().map_or(0, Layer::present_blocks);
+        self.backend.metrics.counters(layer_blocks)
+    }
+}
+
+/// The serial as GET_ID returns it, padded with NULs.
+fn padded_id(id: &str) -> Result<[u8; ID_MAX_BYTES], BlockError> {
+    let allowed = |byte: u8| byte.is_ascii_alphanumeric() || byte == b'-' || byte == b'_';
+    if id.is_empty() || id.len() > ID_MAX_BYTES || !id.bytes().all(allowed) {
+        return Err(BlockError::Id(id.to_owned()));
+    }
+    let mut padded = [0; ID_MAX_BYTES];
+    padded[..id.len()].copy_from_slice(id.as_bytes());
+    Ok(padded)
+}

@@ -1,0 +1,436 @@
+//! Runs pieces of I/O on an io_uring of the disk's own. All of the device's
+//! `unsafe` is in this file: a ring gives the kernel raw addresses to read and
+//! write after the call that passed them has returned, which no safe interface
+//! of the io-uring crate can express.
+//!
+//! What makes it sound: a piece's buffers live in its slot until its completion
+//! has been taken off the ring, and the ring is drained before the slots go.
+
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
+use std::sync::Arc;
+
+use io_uring::register::Restriction;
+use io_uring::squeue::Flags;
+use io_uring::types::{Fixed, FsyncFlags};
+use io_uring::{IoUring, opcode, squeue};
+use rustix::event::{EventfdFlags, eventfd};
+use rustix::fd::OwnedFd;
+use rustix::fs::FallocateFlags;
+use rustix::io::Errno;
+use vm_memory::{GuestMemoryBackend, GuestMemoryError};
+
+use super::request::Segment;
+use crate::memory::GuestMemory;
+
+/// Pieces that can be under way at a time. The submission queue has as many
+/// entries and the completion queue twice as many, so neither overflows.
+const RING_ENTRIES: u32 = 128;
+
+/// Kernel threads that may work for the ring: I/O that would block runs on
+/// them, and the kernel's default is four for each CPU.
+const WORKERS_MAX: u32 = 4;
+
+/// How often a piece is tried again when the kernel asks for it.
+const ATTEMPTS_MAX: u8 = 16;
+
+/// The files of a ring, by their place in what [`Engine::new`] registers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Target {
+    Base = 0,
+    Layer = 1,
+}
+
+/// What the kernel is to do.
+#[derive(Debug)]
+pub(super) enum Piece {
+    Read {
+        target: Target,
+        offset: u64,
+        buffers: Buffers,
+    },
+    Write {
+        target: Target,
+        offset: u64,
+        buffers: Buffers,
+    },
+    /// fdatasync(2).
+    Sync { target: Target },
+    /// Makes the range read as zeros and frees its space.
+    PunchHole {
+        target: Target,
+        offset: u64,
+        bytes: u64,
+    },
+}
+
+/// Memory that the kernel reads or writes, and what keeps it alive.
+pub(super) struct Buffers {
+    iovecs: Vec<libc::iovec>,
+    /// The first of the vectors that is not done.
+    next: usize,
+    bytes: u64,
+    _memory: Memory,
+}
+
+#[expect(dead_code, reason = "held for its lifetime only")]
+enum Memory {
+    Guest(Arc<GuestMemory>),
+    Host(Vec<u8>),
+}
+
+/// An io_uring on the files of one disk. `T` says whose a piece is.
+pub(super) struct Engine<T> {
+    ring: IoUring,
+    /// Readable when pieces have completed, or [`Engine::wake`] was called.
+    event: OwnedFd,
+    slots: Vec<Option<Slot<T>>>,
+    free: Vec<u32>,
+}
+
+struct Slot<T> {
+    owner: T,
+    piece: Piece,
+    attempts: u8,
+}
+
+#[derive(Debug)]
+pub(super) enum SetupError {
+    /// The kernel has no io_uring or does not let this process use it.
+    Unavailable(io::Error),
+    Failed(io::Error),
+}
+
+// === impl Engine ===
+
+impl<T: Copy> Engine<T> {
+    /// Makes a ring that can do nothing but what [`Piece`] names, and only on
+    /// these files. The restriction matters because io_uring bypasses seccomp.
+    ///
+    /// The order is the kernel's: restrictions are accepted only while the ring
+    /// is disabled, and afterwards nothing more can be registered.
+    pub(super) fn new(files: &[RawFd]) -> Result<Self, SetupError> {
+        let ring = IoUring::builder()
+            .setup_r_disabled()
+            .build(RING_ENTRIES)
+            .map_err(|error| match error.raw_os_error() {
+                // EINVAL: a kernel before 5.10 does not know disabled rings.
+                Some(libc::ENOSYS | libc::EPERM | libc::EACCES | libc::EINVAL) => {
+                    SetupError::Unavailable(error)
+                }
+                _ => SetupError::Failed(error),
+            })?;
+        let flags = EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC;
+        let event = eventfd(0, flags).map_err(|errno| SetupError::Failed(errno.into()))?;
+        let submitter = ring.submitter();
+        submitter
+            .register_files(files)
+            .and_then(|()| submitter.register_eventfd(event.as_raw_fd()))
+            .and_then(|()| submitter.register_iowq_max_workers(&mut [WORKERS_MAX, WORKERS_MAX]))
+            .and_then(|()| {
+                submitter.register_restrictions(&mut [
+                    Restriction::sqe_op(opcode::Readv::CODE),
+                    Restriction::sqe_op(opcode::Writev::CODE),
+                    Restriction::sqe_op(opcode::Fsync::CODE),
+                    Restriction::sqe_op(opcode::Fallocate::CODE),
+                    Restriction::sqe_flags_required(Flags::FIXED_FILE.bits()),
+                ])
+            })
+            .and_then(|()| submitter.register_enable_rings())
+            .map_err(SetupError::Failed)?;
+        Ok(Self {
+            ring,
+            event,
+            slots: (0..RING_ENTRIES).map(|_| None).collect(),
+            free: (0..RING_ENTRIES).rev().collect(),
+        })
+    }
+
+    pub(super) fn has_room(&self) -> bool {
+        !self.free.is_empty()
+    }
+
+    pub(super) fn is_idle(&self) -> bool {
+        self.free.len() == self.slots.len()
+    }
+
+    /// Queues a piece; [`Engine::submit`] starts it. Requires room.
+    pub(super) fn push(&mut self, owner: T, piece: Piece) {
+        let index = self.free.pop().expect("the caller has checked for room");
+        self.slots[index as usize] = Some(Slot {
+            owner,
+            piece,
+            attempts: 0,
+        });
+        self.queue(index);
+    }
+
+    /// Writes the submission entry for a slot.
+    fn queue(&mut self, index: u32) {
+        let slot = self.slots[index as usize]
+            .as_ref()
+            .expect("the slot is taken");
+        let entry = slot.piece.entry().user_data(u64::from(index));
+        // SAFETY: the entry names memory only through the slot's `Buffers`, which
+        // own their iovecs and keep what those point to mapped. The slot is
+        // emptied in one place, `complete`, after the kernel's completion for
+        // this index; and `Drop` waits for all completions before it lets the
+        // slots go. Moving a slot moves none of the memory that its entry names.
+        // There is no safe way: the crate cannot know how long memory lives.
+        let pushed = unsafe { self.ring.submission().push(&entry) };
+        // As many entries as slots, and a slot has one entry at most.
+        pushed.expect("the submission queue has an entry for each slot");
+    }
+
+    /// Hands what was queued to the kernel.
+    pub(super) fn submit(&mut self) {
+        while !self.ring.submission().is_empty() {
+            match self.ring.submit() {
+                Ok(_) => {}
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                // EAGAIN and EBUSY, the kernel is short of memory: what was not
+                // taken stays queued for the event loop's next turn.
+                Err(_) => return self.wake(),
+            }
+        }
+    }
+
+    /// Takes finished pieces off the ring. Those that the kernel did in part are
+    /// queued again, and need another [`Engine::submit`].
+    pub(super) fn reap(&mut self, mut done: impl FnMut(T, Result<(), Errno>)) {
+        loop {
+            let Some(entry) = self.ring.completion().next() else {
+                return;
+            };
+            // The value is one that `queue` chose, and below 2^32.
+            if let Some((owner, result)) = self.complete(entry.user_data() as u32, entry.result()) {
+                done(owner, result);
+            }
+        }
+    }
+
+    /// Takes in one completion; None if the piece has to go on.
+    fn complete(&mut self, index: u32, result: i32) -> Option<(T, Result<(), Errno>)> {
+        let slot = self.slots[index as usize]
+            .as_mut()
+            .expect("a completion names a taken slot");
+        let result = match u64::try_from(result) {
+            Ok(bytes) => slot.piece.advance(bytes),
+            Err(_) => Err(Errno::from_raw_os_error(-result)),
+        };
+        let finished = match result {
+            Ok(finished) => finished.then_some(Ok(())),
+            Err(Errno::INTR | Errno::AGAIN) if slot.attempts < ATTEMPTS_MAX => {
+                slot.attempts += 1;
+                None
+            }
+            Err(errno) => Some(Err(errno)),
+        };
+        let Some(result) = finished else {
+            self.queue(index);
+            return None;
+        };
+        let slot = self.slots[index as usize].take()?;
+        self.free.push(index);
+        Some((slot.owner, result))
+    }
+
+    /// Waits until nothing is under way.
+    pub(super) fn drain(&mut self, mut done: impl FnMut(T, Result<(), Errno>)) {
+        while !self.is_idle() {
+            if let Err(error) = self.ring.submit_and_wait(1) {
+                match error.raw_os_error() {
+                    // EBUSY: completions must be taken off first, as happens next.
+                    Some(libc::EINTR | libc::EAGAIN | libc::EBUSY) => {}
+                    // The kernel may still write to memory that we can neither
+                    // keep nor give back.
+                    _ => {
+                        eprintln!("soulbox-vmm: waiting for disk I/O failed: {error}");
+                        std::process::abort();
+                    }
+                }
+            }
+            self.reap(&mut done);
+        }
+    }
+
+    /// Makes the event readable, so that the event loop comes back.
+    pub(super) fn wake(&self) {
+        // It fails only when the counter is full, and then it is readable.
+        let _ = rustix::io::write(&self.event, &1u64.to_ne_bytes());
+    }
+
+    /// Makes the event unreadable.
+    pub(super) fn acknowledge(&self) {
+        // EAGAIN: it was unreadable already.
+        let _ = rustix::io::read(&self.event, &mut [0; 8]);
+    }
+}
+
+impl<T> AsFd for Engine<T> {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.event.as_fd()
+    }
+}
+
+impl<T> Drop for Engine<T> {
+    fn drop(&mut self) {
+        // `drain` for any `T`: the slots hold memory that the kernel may use.
+        let mut busy = self.slots.len() - self.free.len();
+        while busy > 0 {
+            let waited = self.ring.submit_and_wait(1);
+            busy -= self.ring.completion().count();
+            match waited {
+                Ok(_) => {}
+                Err(error)
+                    if matches!(
+                        error.raw_os_error(),
+                        Some(libc::EINTR | libc::EAGAIN | libc::EBUSY)
+                    ) => {}
+                Err(_) => std::process::abort(),
+            }
+        }
+    }
+}
+
+// === impl Piece ===
+
+impl Piece {
+    fn entry(&self) -> squeue::Entry {
+        match self {
+            Self::Read {
+                target,
+                offset,
+                buffers,
+            } => {
+                let (iovecs, count) = buffers.rest();
+                opcode::Readv::new(target.fixed(), iovecs, count)
+                    .offset(*offset)
+                    .build()
+            }
+            Self::Write {
+                target,
+                offset,
+                buffers,
+            } => {
+                let (iovecs, count) = buffers.rest();
+                opcode::Writev::new(target.fixed(), iovecs, count)
+                    .offset(*offset)
+                    .build()
+            }
+            Self::Sync { target } => opcode::Fsync::new(target.fixed())
+                .flags(FsyncFlags::DATASYNC)
+                .build(),
+            Self::PunchHole {
+                target,
+                offset,
+                bytes,
+            } => {
+                let mode = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+                opcode::Fallocate::new(target.fixed(), *bytes)
+                    .offset(*offset)
+                    .mode(mode.bits().cast_signed())
+                    .build()
+            }
+        }
+    }
+
+    /// The kernel has done so many bytes more. Whether that was all.
+    fn advance(&mut self, bytes: u64) -> Result<bool, Errno> {
+        match self {
+            // The file ends before its data does: someone has cut it.
+            Self::Read { .. } | Self::Write { .. } if bytes == 0 => Err(Errno::IO),
+            Self::Read {
+                offset, buffers, ..
+            }
+            | Self::Write {
+                offset, buffers, ..
+            } => {
+                *offset += bytes;
+                buffers.advance(bytes);
+                Ok(buffers.bytes == 0)
+            }
+            Self::Sync { .. } | Self::PunchHole { .. } => Ok(true),
+        }
+    }
+}
+
+impl Target {
+    fn fixed(self) -> Fixed {
+        Fixed(self as u32)
+    }
+}
+
+// === impl Buffers ===
+
+impl Buffers {
+    /// Buffers in guest memory. Fails if they are not all in it.
+    pub(super) fn guest(
+        memory: &Arc<GuestMemory>,
+        segments: &[Segment],
+    ) -> Result<Self, GuestMemoryError> {
+        let mut iovecs = Vec::with_capacity(segments.len());
+        for segment in segments {
+            for slice in memory.get_slices(segment.address, segment.len) {
+                let slice = slice?;
+                iovecs.push(libc::iovec {
+                    iov_base: slice.ptr_guard_mut().as_ptr().cast(),
+                    iov_len: slice.len(),
+                });
+            }
+        }
+        Ok(Self::new(iovecs, Memory::Guest(Arc::clone(memory))))
+    }
+
+    /// Bytes of our own, to be written to a file.
+    pub(super) fn host(mut bytes: Vec<u8>) -> Self {
+        let iovec = libc::iovec {
+            iov_base: bytes.as_mut_ptr().cast(),
+            iov_len: bytes.len(),
+        };
+        Self::new(vec![iovec], Memory::Host(bytes))
+    }
+
+    fn new(iovecs: Vec<libc::iovec>, memory: Memory) -> Self {
+        Self {
+            bytes: iovecs.iter().map(|iovec| iovec.iov_len as u64).sum(),
+            iovecs,
+            next: 0,
+            _memory: memory,
+        }
+    }
+
+    /// The vectors that are not done: their address and their number.
+    fn rest(&self) -> (*const libc::iovec, u32) {
+        let rest = &self.iovecs[self.next..];
+        (rest.as_ptr(), rest.len() as u32)
+    }
+
+    fn advance(&mut self, bytes: u64) {
+        let mut left = usize::try_from(bytes.min(self.bytes)).unwrap_or(usize::MAX);
+        self.bytes -= left as u64;
+        while left > 0 {
+            let iovec = &mut self.iovecs[self.next];
+            let step = left.min(iovec.iov_len);
+            iovec.iov_base = iovec.iov_base.wrapping_byte_add(step);
+            iovec.iov_len -= step;
+            left -= step;
+            if iovec.iov_len == 0 {
+                self.next += 1;
+            }
+        }
+    }
+}
+
+impl std::fmt::Debug for Buffers {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{} bytes", self.bytes)
+    }
+}
+
+// SAFETY: the pointers in `iovecs` are to memory that `_memory` owns a share of:
+// guest memory, which any thread may use and which the guest changes at any time
+// anyway, or bytes that nothing else points to. We only ever compute with the
+// pointers and pass them to the kernel; they are dereferenced there. A `Vec` of
+// raw pointers is not `Send` by itself, and the device moves between threads.
+unsafe impl Send for Buffers {}

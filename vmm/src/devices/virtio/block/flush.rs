@@ -1,0 +1,144 @@
+//! The order of a flush: what was written is made durable, then the bits that
+//! say so are written, then they are made durable.
+//!
+//! One flush runs at a time. Those that arrive meanwhile share the next one,
+//! because the running one may have begun before writes that they cover.
+
+use rustix::io::Errno;
+
+use super::engine::{Buffers, Piece, Target};
+use super::layer::{BitmapWrite, Layer};
+
+/// `W` is who waits for a flush.
+#[derive(Debug)]
+pub(super) struct Flush<W> {
+    stage: Stage,
+    /// Who waits for the flush that runs.
+    running: Vec<W>,
+    /// Who waits for the next one.
+    waiting: Vec<W>,
+    /// Writes of the bitmap that are not started.
+    writes: Vec<BitmapWrite>,
+    /// Pieces with the engine.
+    under_way: usize,
+    well: bool,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Stage {
+    Idle,
+    Data,
+    Bitmap,
+    Barrier,
+}
+
+/// Those whose flush is over, and whether all is durable.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) struct Flushed<W> {
+    pub(super) who: Vec<W>,
+    pub(super) well: bool,
+}
+
+// === impl Flush ===
+
+impl<W> Flush<W> {
+    pub(super) fn new() -> Self {
+        Self {
+            stage: Stage::Idle,
+            running: Vec::new(),
+            waiting: Vec::new(),
+            writes: Vec::new(),
+            under_way: 0,
+            well: true,
+        }
+    }
+
+    pub(super) fn request(&mut self, who: W) {
+        self.waiting.push(who);
+    }
+
+    /// Begins the next flush if one is wanted and none runs. Returns those whose
+    /// flush is over at once, because there is nothing to do or no hope.
+    pub(super) fn begin(&mut self, layer: Option<&mut Layer>) -> Option<Flushed<W>> {
+        if self.stage != Stage::Idle || self.waiting.is_empty() {
+            return None;
+        }
+        let who = std::mem::take(&mut self.waiting);
+        let Some(layer) = layer else {
+            return Some(Flushed { who, well: true });
+        };
+        if layer.has_failed() {
+            return Some(Flushed { who, well: false });
+        }
+        let Some(writes) = layer.begin_sync() else {
+            return Some(Flushed { who, well: true });
+        };
+        self.running = who;
+        self.writes = writes;
+        self.well = true;
+        self.stage = Stage::Data;
+        None
+    }
+
+    /// The next piece for the engine, if there is one now.
+    pub(super) fn next_piece(&mut self) -> Option<Piece> {
+        let piece = match self.stage {
+            Stage::Data | Stage::Barrier if self.under_way == 0 => Piece::Sync {
+                target: Target::Layer,
+            },
+            Stage::Bitmap => {
+                let BitmapWrite { offset, bytes } = self.writes.pop()?;
+                Piece::Write {
+                    target: Target::Layer,
+                    offset,
+                    buffers: Buffers::host(bytes),
+                }
+            }
+            Stage::Idle | Stage::Data | Stage::Barrier => return None,
+        };
+        self.under_way += 1;
+        Some(piece)
+    }
+
+    /// A piece has ended. Returns those whose flush that was.
+    pub(super) fn piece_done(
+        &mut self,
+        result: Result<(), Errno>,
+        layer: Option<&mut Layer>,
+    ) -> Option<Flushed<W>> {
+        self.under_way -= 1;
+        self.well &= result.is_ok();
+        if !self.well {
+            self.writes.clear();
+        }
+        if self.under_way > 0 || !self.writes.is_empty() && self.stage == Stage::Bitmap {
+            return None;
+        }
+        self.stage = match self.stage {
+            Stage::Data if self.well && !self.writes.is_empty() => Stage::Bitmap,
+            Stage::Bitmap if self.well => Stage::Barrier,
+            _ => Stage::Idle,
+        };
+        if self.stage != Stage::Idle {
+            return None;
+        }
+        if let Some(layer) = layer {
+            layer.end_sync(self.well);
+        }
+        Some(Flushed {
+            who: std::mem::take(&mut self.running),
+            well: self.well,
+        })
+    }
+
+    /// Forgets everyone who waits, and the flush that runs. The engine must be
+    /// idle.
+    pub(super) fn abandon(&mut self, layer: Option<&mut Layer>) {
+        if self.stage != Stage::Idle
+            && let Some(layer) = layer
+        {
+            layer.abandon_sync();
+        }
+        *self = Self::new();
+    }
+}
