@@ -1,0 +1,9 @@
+//! The system calls that have no safe wrapper. The only module with `unsafe`.
+
+#![allow(unsafe_code)]
+
+pub(crate) mod disk;
+pub(crate) mod net;
+pub(crate) mod process;
+pub(crate) mod spawn;
+pub(crate) mod wait;

@@ -1,0 +1,357 @@
+//! Drives the real binary over a Unix socket: `Guest::start`, `run`, `exec`.
+
+// Each test binary uses its part; clippy knows no tests outside `#[test]`.
+#![allow(dead_code, unreachable_pub, clippy::unwrap_used)]
+
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command};
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use soulbox_proto::guest::v1::exec_response::Event;
+use soulbox_proto::guest::v1::process_service_client::ProcessServiceClient;
+use soulbox_proto::guest::v1::system_service_client::SystemServiceClient;
+use soulbox_proto::guest::v1::*;
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::transport::{Channel, Endpoint};
+use tonic::{Status, Streaming};
+use tonic_types::StatusExt as _;
+
+/// A long time for a machine that is busy; nothing should come near it.
+pub const LONG: Duration = Duration::from_secs(60);
+
+/// One agent as a process of this machine.
+pub struct Guest {
+    agent: Child,
+    folder: tempfile::TempDir,
+    cgroup: Option<PathBuf>,
+    channel: Channel,
+}
+
+/// A call that runs.
+pub struct Call {
+    requests: mpsc::Sender<ExecRequest>,
+    pub responses: Streaming<ExecResponse>,
+    pub pid: u32,
+}
+
+/// What a program wrote and how it ended.
+#[derive(Debug)]
+pub struct Finished {
+    pub stdout: Vec<u8>,
+    pub stderr: Vec<u8>,
+    pub exited: Exited,
+}
+
+// === impl Guest ===
+
+impl Guest {
+    pub async fn start() -> Self {
+        assert!(
+            rustix::process::geteuid().is_root(),
+            "these tests change users: run them as root"
+        );
+        let folder = tempfile::tempdir().unwrap();
+        // Programs of other users have their working directory below.
+        let open = std::os::unix::fs::PermissionsExt::from_mode(0o755);
+        std::fs::set_permissions(folder.path(), open).unwrap();
+        let socket = folder.path().join("socket");
+        let mut command = Command::new(env!("CARGO_BIN_EXE_soulbox-guest"));
+        command.arg("--serve-unix").arg(&socket);
+        let name = folder.path().file_name().unwrap().to_str().unwrap();
+        let cgroup = cgroup2().map(|root| root.join(format!("soulbox-test-{name}")));
+        if let Some(cgroup) = &cgroup {
+            command.arg("--cgroup").arg(cgroup);
+        }
+        let agent = command.spawn().unwrap();
+        until(|| socket.exists()).await;
+        let endpoint = Endpoint::from_shared(format!("unix://{}", socket.display())).unwrap();
+        let channel = endpoint.connect().await.unwrap();
+        Self {
+            agent,
+            folder,
+            cgroup,
+            channel,
+        }
+    }
+
+    pub fn folder(&self) -> &Path {
+        self.folder.path()
+    }
+
+    pub fn agent_pid(&self) -> u32 {
+        self.agent.id()
+    }
+
+    pub fn has_cgroups(&self) -> bool {
+        self.cgroup.is_some()
+    }
+
+    /// The folders of programs' cgroups that exist.
+    pub fn cgroups(&self) -> usize {
+        let entries = self
+            .cgroup
+            .as_ref()
+            .map(|cgroup| std::fs::read_dir(cgroup).unwrap());
+        entries
+            .into_iter()
+            .flatten()
+            .filter(|entry| entry.as_ref().unwrap().path().is_dir())
+            .count()
+    }
+
+    pub fn system(&self) -> SystemServiceClient<Channel> {
+        SystemServiceClient::new(self.channel.clone())
+    }
+
+    pub async fn health(&self) -> HealthResponse {
+        self.system()
+            .health(HealthRequest {})
+            .await
+            .unwrap()
+            .into_inner()
+    }
+
+    /// Opens a call with these first messages, as they are.
+    pub async fn send(
+        &self,
+        first: Vec<ExecRequest>,
+    ) -> Result<(mpsc::Sender<ExecRequest>, Streaming<ExecResponse>), Status> {
+        let (requests, stream) = mpsc::channel(first.len().max(4));
+        for request in first {
+            requests.send(request).await.unwrap();
+        }
+        let mut client = ProcessServiceClient::new(self.channel.clone());
+        let responses = client.exec(ReceiverStream::new(stream)).await?.into_inner();
+        Ok((requests, responses))
+    }
+
+    /// Starts a program and reads `started`.
+    pub async fn exec(&self, spec: ProcessSpec) -> Result<Call, Status> {
+        let (requests, mut responses) = self.send(vec![start(spec)]).await?;
+        match responses
+            .message()
+            .await?
+            .and_then(|response| response.event)
+        {
+            Some(Event::Started(Started { pid })) => Ok(Call {
+                requests,
+                responses,
+                pid,
+            }),
+            other => panic!("the first response is {other:?}"),
+        }
+    }
+
+    /// Runs a program to its end.
+    pub async fn run(&self, spec: ProcessSpec) -> Result<Finished, Status> {
+        self.exec(spec).await?.finish().await
+    }
+
+    /// Runs a line of shell as root and checks nothing.
+    pub async fn sh(&self, line: &str) -> Finished {
+        self.run(sh(line)).await.unwrap()
+    }
+}
+
+impl Drop for Guest {
+    fn drop(&mut self) {
+        // Not SIGTERM: it would wait for our connection, which this thread serves.
+        let _ = self.agent.kill();
+        let _ = self.agent.wait();
+        let Some(cgroup) = &self.cgroup else { return };
+        let _ = std::fs::write(cgroup.join("cgroup.kill"), "1");
+        let over = Instant::now() + Duration::from_secs(5);
+        while cgroup.exists() && Instant::now() < over {
+            for entry in std::fs::read_dir(cgroup).into_iter().flatten().flatten() {
+                let _ = std::fs::remove_dir(entry.path());
+            }
+            let _ = std::fs::remove_dir(cgroup);
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+}
+
+// === impl Call ===
+
+impl Call {
+    pub async fn stdin(&self, bytes: impl Into<Bytes>) {
+        self.input(process_input::Input::Stdin(bytes.into())).await;
+    }
+
+    pub async fn stdin_eof(&self) {
+        self.input(process_input::Input::StdinEof(StdinEof {}))
+            .await;
+    }
+
+    pub async fn signal(&self, number: u32) {
+        self.input(process_input::Input::Signal(number)).await;
+    }
+
+    pub async fn input(&self, input: process_input::Input) {
+        self.requests.send(request(input)).await.unwrap();
+    }
+
+    /// A way to send that outlives `finish`.
+    pub fn requests(&self) -> mpsc::Sender<ExecRequest> {
+        self.requests.clone()
+    }
+
+    pub async fn event(&mut self) -> Event {
+        let response = tokio::time::timeout(LONG, self.responses.message())
+            .await
+            .unwrap();
+        response.unwrap().unwrap().event.unwrap()
+    }
+
+    /// Reads to the end, which must be `exited` and nothing after it.
+    pub async fn finish(mut self) -> Result<Finished, Status> {
+        let (mut stdout, mut stderr) = (Vec::new(), Vec::new());
+        loop {
+            let response = tokio::time::timeout(LONG, self.responses.message())
+                .await
+                .unwrap()?;
+            match response.unwrap().event.unwrap() {
+                Event::Started(_) => panic!("a second `started`"),
+                Event::Stdout(bytes) => stdout.extend(bytes),
+                Event::Stderr(bytes) => stderr.extend(bytes),
+                Event::Exited(exited) => {
+                    assert_eq!(self.responses.message().await?, None);
+                    return Ok(Finished {
+                        stdout,
+                        stderr,
+                        exited,
+                    });
+                }
+            }
+        }
+    }
+}
+
+// === impl Finished ===
+
+impl Finished {
+    pub fn code(&self) -> u32 {
+        match self.exited.status {
+            Some(exited::Status::Code(code)) => code,
+            other => panic!("{other:?} is no exit code"),
+        }
+    }
+
+    pub fn signal(&self) -> u32 {
+        match self.exited.status {
+            Some(exited::Status::Signal(signal)) => signal,
+            other => panic!("{other:?} is no signal"),
+        }
+    }
+
+    pub fn text(&self) -> &str {
+        std::str::from_utf8(&self.stdout).unwrap()
+    }
+}
+
+/// As root: the machine's own `user`, if it has one, may not reach what tests make.
+pub fn spec(argv: &[&str]) -> ProcessSpec {
+    let argv = argv
+        .iter()
+        .map(|argument| Bytes::copy_from_slice(argument.as_bytes()))
+        .collect();
+    ProcessSpec {
+        argv,
+        user: "root".to_owned(),
+        ..ProcessSpec::default()
+    }
+}
+
+pub fn sh(line: &str) -> ProcessSpec {
+    spec(&["sh", "-c", line])
+}
+
+pub fn with_timeout(spec: ProcessSpec, timeout: Duration) -> ProcessSpec {
+    ProcessSpec {
+        timeout: Some(timeout.try_into().unwrap()),
+        ..spec
+    }
+}
+
+pub fn variable(name: &str, value: impl Into<Bytes>) -> EnvVar {
+    EnvVar {
+        name: Bytes::copy_from_slice(name.as_bytes()),
+        value: value.into(),
+    }
+}
+
+pub fn start(spec: ProcessSpec) -> ExecRequest {
+    ExecRequest {
+        message: Some(exec_request::Message::Start(spec)),
+    }
+}
+
+pub fn request(input: process_input::Input) -> ExecRequest {
+    let input = ProcessInput { input: Some(input) };
+    ExecRequest {
+        message: Some(exec_request::Message::Input(input)),
+    }
+}
+
+/// The reason and exit code of a program that could not be started.
+pub fn reason(status: &Status) -> (String, String) {
+    let info = status
+        .get_details_error_info()
+        .unwrap_or_else(|| panic!("no ErrorInfo: {status:?}"));
+    assert_eq!(info.domain, soulbox_proto::ERROR_DOMAIN);
+    (
+        info.reason,
+        info.metadata.get("exit_code").cloned().unwrap_or_default(),
+    )
+}
+
+/// The fields that a request got wrong.
+pub fn fields(status: &Status) -> Vec<String> {
+    assert_eq!(status.code(), tonic::Code::InvalidArgument);
+    let bad = status
+        .get_details_bad_request()
+        .unwrap_or_else(|| panic!("no BadRequest: {status:?}"));
+    bad.field_violations
+        .into_iter()
+        .map(|violation| violation.field)
+        .collect()
+}
+
+/// Waits for something that needs a moment.
+pub async fn until(mut condition: impl FnMut() -> bool) {
+    let over = Instant::now() + LONG;
+    while !condition() {
+        assert!(Instant::now() < over, "it never happened");
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+}
+
+/// Whether a process runs; a zombie does not.
+pub fn lives(pid: u32) -> bool {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    let state = stat
+        .rsplit_once(") ")
+        .and_then(|(_, rest)| rest.chars().next());
+    state.is_some_and(|state| state != 'Z' && state != 'X')
+}
+
+pub fn peak_resident_kib(pid: u32) -> u64 {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+    let line = status
+        .lines()
+        .find_map(|line| line.strip_prefix("VmHWM:"))
+        .unwrap();
+    line.trim().trim_end_matches(" kB").parse().unwrap()
+}
+
+fn cgroup2() -> Option<PathBuf> {
+    let mounts = std::fs::read_to_string("/proc/self/mounts").unwrap();
+    let mut fields = mounts
+        .lines()
+        .map(|line| line.split(' ').collect::<Vec<_>>());
+    fields
+        .find(|fields| fields[2] == "cgroup2")
+        .map(|fields| PathBuf::from(fields[1]))
+}
