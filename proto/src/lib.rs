@@ -47,8 +47,7 @@ pub mod host {
 }
 
 /// The serialised `FileDescriptorSet` of every service, for gRPC reflection.
-pub const FILE_DESCRIPTOR_SET: &[u8] =
-    include_bytes!(concat!(env!("OUT_DIR"), "/descriptors.bin"));
+pub const FILE_DESCRIPTOR_SET: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/descriptors.bin"));
 
 /// The `domain` of every `google.rpc.ErrorInfo` that SoulBox sends.
 pub const ERROR_DOMAIN: &str = "soulbox";

@@ -1,7 +1,6 @@
 //! Virtio devices (Virtual I/O Device specification 1.2): what every chip
 //! implements, and the virtio-mmio transport that puts a chip on the bus.
 
-use std::collections::BTreeMap;
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -10,14 +9,15 @@ use virtio_bindings::virtio_mmio::{VIRTIO_MMIO_INT_CONFIG, VIRTIO_MMIO_INT_VRING
 use virtio_queue::Queue;
 use vmm_sys_util::eventfd::EventFd;
 
+pub use crate::devices::Counters;
 use crate::memory::GuestMemory;
 
 pub mod block;
+pub mod mmio;
 pub mod rng;
+#[cfg(test)]
+pub(crate) mod testing;
 pub mod vsock;
-
-/// What a device counts, by the counter's name.
-pub type Counters = BTreeMap<&'static str, u64>;
 
 /// One virtio chip. It knows its queues and its backend, never the bus it sits
 /// on, so that it can be tested with nothing but guest memory.

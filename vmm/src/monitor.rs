@@ -1,0 +1,381 @@
+//! The monitor's main thread: it takes one Boot from its client, then serves
+//! devices, events and further requests from one epoll loop until the machine
+//! is over.
+
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+
+use rustix::event::epoll;
+use rustix::io::Errno;
+use rustix::net::{SocketFlags, accept_with};
+use soulbox_proto::vmm::v1::{
+    self, error::Code, event::Event, exited::Reason, reply::Result as ReplyResult, request::Op,
+};
+
+use crate::bus::lock;
+use crate::config::BootRequest;
+use crate::console::Console;
+use crate::control::{ControlSocket, Incoming, ReceiveError};
+use crate::error_chain;
+use crate::events::{self, EventReceiver, Exit, MachineEvent};
+use crate::machine::{BuildError, Machine, Origin, Parts, Stopwatch};
+
+/// Events taken from the kernel at once.
+const EVENT_BATCH: usize = 32;
+
+/// How the process should end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    /// The machine came to an end that its guest or its client asked for.
+    Ended,
+    /// The machine could not be built, or broke down.
+    Failed,
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum MonitorError {
+    #[error("the control socket failed")]
+    Control(#[from] ReceiveError),
+    #[error("the event loop failed")]
+    EventLoop(#[from] Errno),
+    #[error("the kick signal's handler could not be installed")]
+    KickHandler(#[source] std::io::Error),
+}
+
+/// What an epoll event is about.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Token {
+    Control,
+    ControlListener,
+    MachineEvents,
+    Device { slot: usize, source: usize },
+}
+
+struct Monitor {
+    machine: Machine,
+    console: Console,
+    events: EventReceiver,
+    control: Option<ControlSocket>,
+    control_listener: Option<OwnedFd>,
+    epoll: OwnedFd,
+}
+
+/// Serves the client at the other end of `control` until the machine is over.
+pub fn run(control: OwnedFd) -> Result<Outcome, MonitorError> {
+    crate::vcpu::install_kick_handler().map_err(MonitorError::KickHandler)?;
+    let control = ControlSocket::new(control);
+    let Some((id, request)) = wait_for_boot(&control)? else {
+        return Ok(Outcome::Ended);
+    };
+    let mut stages = Stopwatch::start();
+    match Monitor::boot(request, &mut stages) {
+        Ok((mut monitor, started_at_ns)) => {
+            let booted = v1::Booted {
+                stages: stages.into_stages(),
+                started_at_ns,
+            };
+            let sent = control.reply(id, ReplyResult::Booted(booted));
+            monitor.control = sent.is_ok().then_some(control);
+            monitor.serve()
+        }
+        Err((code, message)) => {
+            eprintln!("soulbox-vmm: {message}");
+            // The client reads why; if it is gone there is nobody to tell.
+            let _ = control.refuse(id, code, message);
+            Ok(Outcome::Failed)
+        }
+    }
+}
+
+/// Answers requests until there is a machine to build. `None` when the client
+/// goes before that.
+fn wait_for_boot(control: &ControlSocket) -> Result<Option<(u64, BootRequest)>, MonitorError> {
+    loop {
+        let Incoming { request, fds } = match control.receive() {
+            Ok(Some(incoming)) => incoming,
+            Ok(None) => return Ok(None),
+            Err(error @ ReceiveError::Io(_)) => return Err(error.into()),
+            Err(error) => {
+                if control
+                    .refuse(0, Code::Invalid, error_chain(&error))
+                    .is_err()
+                {
+                    return Ok(None);
+                }
+                continue;
+            }
+        };
+        let id = request.id;
+        let refused = match request.op {
+            Some(Op::Boot(boot)) => match BootRequest::from_message(boot, fds) {
+                Ok(boot) => return Ok(Some((id, boot))),
+                Err(error) => control.refuse(id, Code::Invalid, error.to_string()),
+            },
+            Some(Op::Shutdown(_)) => {
+                let _ = control.reply(id, ReplyResult::ShuttingDown(v1::ShuttingDown {}));
+                return Ok(None);
+            }
+            Some(Op::GetMetrics(_)) => control.refuse(
+                id,
+                Code::WrongState,
+                "there is no machine yet; send Boot first",
+            ),
+            None => control.refuse(id, Code::Invalid, "the request names no operation"),
+        };
+        if refused.is_err() {
+            return Ok(None);
+        }
+    }
+}
+
+// === impl Monitor ===
+
+impl Monitor {
+    fn boot(request: BootRequest, stages: &mut Stopwatch) -> Result<(Self, u64), (Code, String)> {
+        let host = |error: &dyn std::error::Error| (Code::Host, error_chain(error));
+        let build = |error: BuildError| (error.code(), error_chain(&error));
+
+        let (sender, events) = events::channel().map_err(|error| host(&error))?;
+        let console = Console::new(request.console).map_err(|error| host(&error))?;
+        let mut kernel = request.kernel;
+        let parts = Parts {
+            config: request.config,
+            kvm: request.kvm,
+            memory: request.memory,
+            disks: request.disks,
+            vsock: request.vsock,
+        };
+        let origin = Origin::Boot {
+            kernel: &mut kernel,
+        };
+        let mut machine =
+            Machine::new(parts, origin, console.clone(), sender, stages).map_err(build)?;
+        let epoll = epoll::create(epoll::CreateFlags::CLOEXEC).map_err(|error| host(&error))?;
+        let started_at_ns = machine.start().map_err(build)?;
+        stages.mark("start");
+        let monitor = Self {
+            machine,
+            console,
+            events,
+            control: None,
+            control_listener: request.control_listener,
+            epoll,
+        };
+        Ok((monitor, started_at_ns))
+    }
+
+    fn serve(mut self) -> Result<Outcome, MonitorError> {
+        self.watch_all()?;
+        let exit = self.serve_until_exit()?;
+        let console_tail = self.console.tail();
+        let control = self.control.take();
+        // vCPUs first: once the client reads Exited, no guest code runs.
+        drop(self);
+        let ended = matches!(
+            exit.reason,
+            Reason::PoweredOff | Reason::Reset | Reason::Forced
+        );
+        if let Some(control) = control {
+            let exited = v1::Exited {
+                reason: exit.reason.into(),
+                message: exit.message,
+                console_tail,
+            };
+            let _ = control.event(Event::Exited(exited));
+        }
+        Ok(if ended {
+            Outcome::Ended
+        } else {
+            Outcome::Failed
+        })
+    }
+
+    fn watch_all(&self) -> Result<(), Errno> {
+        if let Some(control) = &self.control {
+            self.watch(control.as_fd(), Token::Control)?;
+        }
+        if let Some(listener) = &self.control_listener {
+            self.watch(listener.as_fd(), Token::ControlListener)?;
+        }
+        self.watch(self.events.as_fd(), Token::MachineEvents)?;
+        for (slot, device) in self.machine.devices().iter().enumerate() {
+            for (source, fd) in lock(&device.device).sources().into_iter().enumerate() {
+                self.watch(fd, Token::Device { slot, source })?;
+            }
+        }
+        Ok(())
+    }
+
+    fn watch(&self, fd: BorrowedFd<'_>, token: Token) -> Result<(), Errno> {
+        let data = epoll::EventData::new_u64(token.encode());
+        epoll::add(&self.epoll, fd, data, epoll::EventFlags::IN)
+    }
+
+    fn serve_until_exit(&mut self) -> Result<Exit, MonitorError> {
+        let mut ready = Vec::with_capacity(EVENT_BATCH);
+        loop {
+            ready.clear();
+            match epoll::wait(
+                &self.epoll,
+                rustix::buffer::spare_capacity(&mut ready),
+                None,
+            ) {
+                Ok(_) | Err(Errno::INTR) => {}
+                Err(errno) => return Err(errno.into()),
+            }
+            for event in &ready {
+                let exit = match Token::decode(event.data.u64()) {
+                    Token::Control => self.serve_request()?,
+                    Token::ControlListener => self.accept_client()?,
+                    Token::MachineEvents => self.serve_machine_events(),
+                    Token::Device { slot, source } => {
+                        if let Some(slot) = self.machine.devices().get(slot) {
+                            lock(&slot.device).source_ready(source);
+                        }
+                        None
+                    }
+                };
+                if let Some(exit) = exit {
+                    return Ok(exit);
+                }
+            }
+        }
+    }
+
+    /// Answers one request. Gives an exit when the machine is to end.
+    fn serve_request(&mut self) -> Result<Option<Exit>, MonitorError> {
+        let Some(control) = &self.control else {
+            return Ok(None);
+        };
+        let request = match control.receive() {
+            Ok(Some(incoming)) => incoming.request,
+            Ok(None) | Err(ReceiveError::Io(_)) => return Ok(self.client_gone()),
+            Err(error) => {
+                let refused = control.refuse(0, Code::Invalid, error_chain(&error));
+                return Ok(refused.is_err().then(|| self.client_gone()).flatten());
+            }
+        };
+        let id = request.id;
+        let replied = match request.op {
+            Some(Op::GetMetrics(_)) => {
+                let metrics = self.machine.metrics(&self.console);
+                control.reply(id, ReplyResult::Metrics(metrics))
+            }
+            Some(Op::Shutdown(_)) => {
+                let _ = control.reply(id, ReplyResult::ShuttingDown(v1::ShuttingDown {}));
+                return Ok(Some(forced("the client asked for it")));
+            }
+            Some(Op::Boot(_)) => control.refuse(
+                id,
+                Code::WrongState,
+                "this monitor has its machine already; start another monitor",
+            ),
+            None => control.refuse(id, Code::Invalid, "the request names no operation"),
+        };
+        Ok(replied.is_err().then(|| self.client_gone()).flatten())
+    }
+
+    /// Without a way to be found again, a machine ends with its client.
+    fn client_gone(&mut self) -> Option<Exit> {
+        // Closing the socket takes it out of the epoll set.
+        self.control = None;
+        self.control_listener
+            .is_none()
+            .then(|| forced("the client went away and left no control listener"))
+    }
+
+    /// A new client takes over from the one before, which has restarted.
+    fn accept_client(&mut self) -> Result<Option<Exit>, MonitorError> {
+        if let Some(listener) = &self.control_listener
+            && let Ok(socket) = accept_with(listener, SocketFlags::CLOEXEC)
+        {
+            let control = ControlSocket::new(socket);
+            self.watch(control.as_fd(), Token::Control)?;
+            self.control = Some(control);
+        }
+        Ok(None)
+    }
+
+    fn serve_machine_events(&mut self) -> Option<Exit> {
+        while let Some(event) = self.events.next() {
+            let sent = match event {
+                MachineEvent::Exit(exit) => return Some(exit),
+                MachineEvent::GuestPanic => {
+                    let console_tail = self.console.tail();
+                    let panic = v1::GuestPanic { console_tail };
+                    self.control
+                        .as_ref()
+                        .map(|control| control.event(Event::GuestPanic(panic)))
+                }
+                MachineEvent::VsockConnection {
+                    host_port,
+                    guest_port,
+                    stream,
+                } => {
+                    let connection = v1::VsockConnection {
+                        host_port,
+                        guest_port,
+                    };
+                    // Not sent, the stream is closed, and so the guest learns it.
+                    self.control.as_ref().map(|control| {
+                        control.event_with_fd(Event::VsockConnection(connection), stream.as_fd())
+                    })
+                }
+            };
+            if let Some(Err(error)) = sent {
+                eprintln!("soulbox-vmm: an event was lost: {}", error_chain(&error));
+            }
+        }
+        None
+    }
+}
+
+fn forced(message: &str) -> Exit {
+    Exit {
+        reason: Reason::Forced,
+        message: message.to_owned(),
+    }
+}
+
+// === impl Token ===
+
+impl Token {
+    fn encode(self) -> u64 {
+        match self {
+            Self::Control => 0,
+            Self::ControlListener => 1,
+            Self::MachineEvents => 2,
+            Self::Device { slot, source } => 1 << 63 | (slot as u64) << 32 | source as u64,
+        }
+    }
+
+    fn decode(data: u64) -> Self {
+        match data {
+            0 => Self::Control,
+            1 => Self::ControlListener,
+            2 => Self::MachineEvents,
+            _ => Self::Device {
+                slot: ((data >> 32) & 0x7fff_ffff) as usize,
+                source: (data & 0xffff_ffff) as usize,
+            },
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tokens_survive_the_kernel() {
+        let device = |slot, source| Token::Device { slot, source };
+        for token in [
+            Token::Control,
+            Token::ControlListener,
+            Token::MachineEvents,
+            device(0, 0),
+            device(21, 3),
+        ] {
+            assert_eq!(Token::decode(token.encode()), token);
+        }
+    }
+}

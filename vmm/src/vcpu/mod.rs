@@ -1,0 +1,222 @@
+//! A vCPU: one thread in KVM_RUN.
+
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use kvm_ioctls::{VcpuExit, VcpuFd};
+use soulbox_proto::vmm::v1::exited::Reason;
+
+use crate::bus::{Bus, Space};
+use crate::events::EventSender;
+
+pub mod boot;
+pub mod cpuid;
+mod kick;
+
+/// KVM_EXIT_*, as far as vCPUs count them apart.
+const EXIT_NAMES: [&str; 8] = [
+    "IO",
+    "MMIO",
+    "INTR",
+    "SHUTDOWN",
+    "SYSTEM_EVENT",
+    "INTERNAL_ERROR",
+    "FAIL_ENTRY",
+    "OTHER",
+];
+const IO: usize = 0;
+const MMIO: usize = 1;
+const INTR: usize = 2;
+const SHUTDOWN: usize = 3;
+const SYSTEM_EVENT: usize = 4;
+const INTERNAL_ERROR: usize = 5;
+const FAIL_ENTRY: usize = 6;
+const OTHER: usize = 7;
+
+/// What the guest did when its KVM could not go on, in words.
+const EMULATION_FAILED: &str = "KVM could not emulate an instruction of the guest: this KVM \
+     cannot run guest kernels (a CPU without vmx or svm, or nested where the outer hypervisor \
+     lacks it). Run on such a CPU, or through images/bench/run, which finds or makes one";
+
+/// How often a vCPU that was told to stop is told again.
+const KICK_INTERVAL: Duration = Duration::from_micros(500);
+
+/// A vCPU whose state is set and which has not run yet.
+pub struct Vcpu {
+    pub index: u8,
+    pub fd: VcpuFd,
+}
+
+/// A vCPU's running thread. Dropping it stops and joins the thread.
+pub struct VcpuThread {
+    thread: Option<JoinHandle<()>>,
+    shared: Arc<Shared>,
+}
+
+/// What a vCPU's thread and the monitor share.
+struct Shared {
+    stop: AtomicBool,
+    /// `immediate_exit` of the vCPU's `kvm_run`; empty once the thread is over.
+    immediate_exit: kick::ImmediateExit,
+    exits: [AtomicU64; EXIT_NAMES.len()],
+}
+
+/// Why a vCPU left its loop.
+enum Stop {
+    /// It was told to.
+    Asked,
+    /// The machine is over.
+    Over(Reason, String),
+}
+
+// === impl Vcpu ===
+
+impl Vcpu {
+    /// Starts the thread, which enters the guest at once.
+    pub fn spawn(mut self, bus: Arc<Bus>, events: EventSender) -> io::Result<VcpuThread> {
+        let shared = Arc::new(Shared {
+            stop: AtomicBool::new(false),
+            immediate_exit: kick::ImmediateExit::of(&mut self.fd),
+            exits: Default::default(),
+        });
+        let of_thread = Arc::clone(&shared);
+        let thread = std::thread::Builder::new()
+            .name(format!("vcpu{}", self.index))
+            // The loop is shallow; the default of 2 MiB would only be reserved.
+            .stack_size(256 * 1024)
+            .spawn(move || {
+                if let Stop::Over(reason, message) = self.run(&bus, &of_thread) {
+                    events.exit(reason, format!("vCPU {}: {message}", self.index));
+                }
+                // `kvm_run` is unmapped with the VcpuFd.
+                of_thread.immediate_exit.clear();
+            })?;
+        Ok(VcpuThread {
+            thread: Some(thread),
+            shared,
+        })
+    }
+
+    fn run(&mut self, bus: &Bus, shared: &Shared) -> Stop {
+        while !shared.stop.load(Ordering::Acquire) {
+            let kind = match self.fd.run() {
+                Ok(VcpuExit::IoIn(port, data)) => {
+                    bus.read(Space::Port, u64::from(port), data);
+                    IO
+                }
+                Ok(VcpuExit::IoOut(port, data)) => {
+                    bus.write(Space::Port, u64::from(port), data);
+                    IO
+                }
+                Ok(VcpuExit::MmioRead(address, data)) => {
+                    bus.read(Space::Memory, address, data);
+                    MMIO
+                }
+                Ok(VcpuExit::MmioWrite(address, data)) => {
+                    bus.write(Space::Memory, address, data);
+                    MMIO
+                }
+                Ok(VcpuExit::Intr) => INTR,
+                // EINTR: a signal or immediate_exit. EAGAIN: an INIT that was
+                // taken by a vCPU that waits for its SIPI.
+                Err(error) if matches!(error.errno(), libc::EINTR | libc::EAGAIN) => INTR,
+                Ok(VcpuExit::Shutdown) => {
+                    shared.count(SHUTDOWN);
+                    return Stop::Over(
+                        Reason::Crashed,
+                        "the guest crashed with a triple fault".into(),
+                    );
+                }
+                Ok(VcpuExit::SystemEvent(kind, _)) => {
+                    let message = format!("the guest ended with system event {kind}");
+                    shared.count(SYSTEM_EVENT);
+                    return Stop::Over(Reason::Reset, message);
+                }
+                Ok(VcpuExit::InternalError) => {
+                    shared.count(INTERNAL_ERROR);
+                    return Stop::Over(Reason::EmulationFailed, self.emulation_failure());
+                }
+                Ok(VcpuExit::FailEntry(reason, _)) => {
+                    shared.count(FAIL_ENTRY);
+                    return Stop::Over(
+                        Reason::InternalError,
+                        format!("the CPU refused to enter the guest (reason {reason:#x})"),
+                    );
+                }
+                Ok(other) => {
+                    let message = format!("KVM left the guest in a way not asked for: {other:?}");
+                    shared.count(OTHER);
+                    return Stop::Over(Reason::InternalError, message);
+                }
+                Err(error) => {
+                    shared.count(OTHER);
+                    return Stop::Over(Reason::InternalError, format!("KVM_RUN failed ({error})"));
+                }
+            };
+            shared.count(kind);
+        }
+        Stop::Asked
+    }
+
+    /// Names the place, as far as KVM still tells it.
+    fn emulation_failure(&self) -> String {
+        match self.fd.get_regs() {
+            Ok(regs) => format!("{EMULATION_FAILED} (at rip {:#x})", regs.rip),
+            Err(_) => EMULATION_FAILED.to_owned(),
+        }
+    }
+}
+
+// === impl VcpuThread ===
+
+impl VcpuThread {
+    /// Adds this vCPU's exits to a sum by name.
+    pub fn add_exits(&self, sum: &mut std::collections::HashMap<String, u64>) {
+        for (name, count) in EXIT_NAMES.iter().zip(&self.shared.exits) {
+            let count = count.load(Ordering::Relaxed);
+            if count > 0 {
+                *sum.entry((*name).to_owned()).or_default() += count;
+            }
+        }
+    }
+
+    /// Tells the vCPU to leave the guest, without waiting for it.
+    pub fn ask_to_stop(&self) {
+        self.shared.stop.store(true, Ordering::Release);
+        self.shared.immediate_exit.set();
+    }
+}
+
+impl Drop for VcpuThread {
+    fn drop(&mut self) {
+        self.ask_to_stop();
+        let Some(thread) = self.thread.take() else {
+            return;
+        };
+        // immediate_exit stops the next KVM_RUN, the signal the present one. A
+        // signal that comes just before KVM_RUN is not lost, for by then
+        // immediate_exit is set; it is repeated for the sake of other syscalls.
+        while !thread.is_finished() {
+            kick::kick(&thread);
+            std::thread::park_timeout(KICK_INTERVAL);
+        }
+        // A panic aborts the process, so there is no other outcome.
+        let _ = thread.join();
+    }
+}
+
+// === impl Shared ===
+
+impl Shared {
+    fn count(&self, kind: usize) {
+        self.exits[kind].fetch_add(1, Ordering::Relaxed);
+    }
+}
+
+/// Installs the handler of the signal that interrupts KVM_RUN. Once a process.
+pub fn install_kick_handler() -> io::Result<()> {
+    kick::install_handler()
+}
