@@ -133,11 +133,14 @@ mod tests {
     #[test]
     fn a_page_costs_nothing_until_it_is_written_and_is_dirty_after() {
         let mut map = Bitmap::new(3 * 32768);
-        assert_eq!(map.take_dirty(), []);
+        assert!(map.take_dirty().is_empty());
         map.set(32768..32769);
         assert_eq!(map.take_dirty(), [1]);
         map.set(32768..32769);
-        assert_eq!(map.take_dirty(), [], "setting a set bit changes nothing");
+        assert!(
+            map.take_dirty().is_empty(),
+            "setting a set bit changes nothing"
+        );
         map.set(32767..65537);
         assert_eq!(map.take_dirty(), [0, 1, 2]);
         assert_eq!(map.present(), 32770);

@@ -434,3 +434,161 @@ impl std::fmt::Debug for Buffers {
 // pointers and pass them to the kernel; they are dereferenced there. A `Vec` of
 // raw pointers is not `Send` by itself, and the device moves between threads.
 unsafe impl Send for Buffers {}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::fs::File;
+    use std::io::Write;
+    use vm_memory::{Bytes, GuestAddress};
+
+    /// A read-only file of `bytes` and a writable empty one.
+    fn files(bytes: usize) -> (File, File) {
+        let mut base = tempfile::NamedTempFile::new().unwrap();
+        base.write_all(&vec![0x42; bytes]).unwrap();
+        (
+            File::open(base.path()).unwrap(),
+            tempfile::tempfile().unwrap(),
+        )
+    }
+
+    fn engine(bytes: usize) -> Engine<u32> {
+        let (base, layer) = files(bytes);
+        // The ring holds on to the files by itself.
+        Engine::new(&[base.as_raw_fd(), layer.as_raw_fd()]).unwrap()
+    }
+
+    fn memory() -> Arc<GuestMemory> {
+        Arc::new(GuestMemory::from_ranges(&[(GuestAddress(0), 1 << 20)]).unwrap())
+    }
+
+    fn read(memory: &Arc<GuestMemory>, offset: u64, len: usize) -> Piece {
+        let segment = Segment {
+            address: GuestAddress(0x1000),
+            len,
+        };
+        Piece::Read {
+            target: Target::Base,
+            offset,
+            buffers: Buffers::guest(memory, &[segment]).unwrap(),
+        }
+    }
+
+    fn results(engine: &mut Engine<u32>) -> Vec<(u32, Result<(), Errno>)> {
+        let mut results = Vec::new();
+        engine.drain(|owner, result| results.push((owner, result)));
+        results
+    }
+
+    #[test]
+    fn the_ring_does_nothing_but_disk_io_on_its_files() {
+        let mut engine = engine(4096);
+        let entries = [
+            opcode::Nop::new().build(),
+            opcode::OpenAt::new(io_uring::types::Fd(0), c"/".as_ptr()).build(),
+            opcode::Close::new(Fixed(0)).build(),
+            opcode::Readv::new(io_uring::types::Fd(0), std::ptr::null(), 0).build(),
+            opcode::Fsync::new(Fixed(1))
+                .build()
+                .flags(Flags::ASYNC | Flags::FIXED_FILE),
+        ];
+        for entry in entries {
+            // SAFETY: the entry names no memory that the kernel would write, and
+            // what it reads is static. The device's own path never builds such
+            // an entry, so there is no safe way to.
+            unsafe { engine.ring.submission().push(&entry) }.unwrap();
+            engine.ring.submit_and_wait(1).unwrap();
+            let completion = engine.ring.completion().next().unwrap();
+            assert_eq!(completion.result(), -libc::EACCES, "{entry:?}");
+        }
+        assert!(
+            engine
+                .ring
+                .submitter()
+                .register_files_update(0, &[0])
+                .is_err()
+        );
+    }
+
+    #[test]
+    fn the_base_cannot_be_written() {
+        let mut engine = engine(4096);
+        engine.push(
+            1,
+            Piece::Write {
+                target: Target::Base,
+                offset: 0,
+                buffers: Buffers::host(vec![1; 512]),
+            },
+        );
+        assert_eq!(results(&mut engine), [(1, Err(Errno::BADF))]);
+    }
+
+    #[test]
+    fn a_read_past_the_end_is_an_error_and_one_in_parts_goes_on() {
+        let mut engine = engine(8192);
+        let memory = memory();
+        engine.push(1, read(&memory, 4096, 8192));
+        assert_eq!(results(&mut engine), [(1, Err(Errno::IO))]);
+        engine.push(2, read(&memory, 0, 8192));
+        assert_eq!(results(&mut engine), [(2, Ok(()))]);
+        assert_eq!(memory.read_obj::<u8>(GuestAddress(0x2fff)).unwrap(), 0x42);
+        assert_eq!(memory.read_obj::<u8>(GuestAddress(0x3000)).unwrap(), 0);
+    }
+
+    #[test]
+    fn a_partial_transfer_advances_across_vectors() {
+        let memory = memory();
+        let segments = [(0x1000, 10), (0x3000, 20)].map(|(address, len)| Segment {
+            address: GuestAddress(address),
+            len,
+        });
+        let mut piece = Piece::Read {
+            target: Target::Base,
+            offset: 100,
+            buffers: Buffers::guest(&memory, &segments).unwrap(),
+        };
+        assert_eq!(piece.advance(15), Ok(false));
+        let Piece::Read {
+            offset, buffers, ..
+        } = &piece
+        else {
+            unreachable!("the piece is a read");
+        };
+        assert_eq!(*offset, 115);
+        let rest = &buffers.iovecs[buffers.next..];
+        let expected = memory.get_slice(GuestAddress(0x3005), 15).unwrap();
+        assert_eq!(
+            rest[0].iov_base.cast_const().cast(),
+            expected.ptr_guard().as_ptr()
+        );
+        assert_eq!((rest.len(), rest[0].iov_len), (1, 15));
+        assert_eq!(piece.advance(15), Ok(true));
+    }
+
+    #[test]
+    fn buffers_outside_guest_memory_are_refused() {
+        for (address, len) in [(1 << 20, 1), ((1 << 20) - 1, 2), (u64::MAX, 2)] {
+            let segment = Segment {
+                address: GuestAddress(address),
+                len,
+            };
+            assert!(Buffers::guest(&memory(), &[segment]).is_err());
+        }
+    }
+
+    /// Dropped with pieces queued and under way, the engine waits for them.
+    #[test]
+    fn dropping_the_engine_waits() {
+        let memory = memory();
+        let mut engine = engine(1 << 20);
+        while engine.has_room() {
+            engine.push(0, read(&memory, 0, 1 << 19));
+            if engine.free.len() == 64 {
+                engine.submit();
+            }
+        }
+        drop(engine);
+        assert_eq!(Arc::strong_count(&memory), 1);
+    }
+}

@@ -142,3 +142,114 @@ impl<W> Flush<W> {
         *self = Self::new();
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::BLOCK_BYTES;
+    use super::*;
+
+    fn layer() -> Layer {
+        Layer::open(tempfile::tempfile().unwrap(), 64 * BLOCK_BYTES).unwrap()
+    }
+
+    fn is_sync(piece: Option<Piece>) -> bool {
+        matches!(piece, Some(Piece::Sync { .. }))
+    }
+
+    fn is_write(piece: Option<Piece>) -> bool {
+        matches!(piece, Some(Piece::Write { .. }))
+    }
+
+    fn over(who: &[u8], well: bool) -> Option<Flushed<u8>> {
+        let who = who.to_vec();
+        Some(Flushed { who, well })
+    }
+
+    #[test]
+    fn data_then_bits_then_a_barrier() {
+        let mut layer = layer();
+        let mut flush = Flush::new();
+        layer.written(0..BLOCK_BYTES);
+        flush.request(1);
+        assert_eq!(flush.begin(Some(&mut layer)), None);
+        assert!(is_sync(flush.next_piece()));
+        assert!(
+            flush.next_piece().is_none(),
+            "no bit before the data is durable"
+        );
+        assert_eq!(flush.piece_done(Ok(()), Some(&mut layer)), None);
+        assert!(is_write(flush.next_piece()));
+        assert!(
+            flush.next_piece().is_none(),
+            "no barrier before the bits are written"
+        );
+        assert_eq!(flush.piece_done(Ok(()), Some(&mut layer)), None);
+        assert!(is_sync(flush.next_piece()));
+        assert_eq!(flush.piece_done(Ok(()), Some(&mut layer)), over(&[1], true));
+    }
+
+    #[test]
+    fn one_barrier_is_enough_where_no_bit_is_new() {
+        let mut layer = layer();
+        let mut flush = Flush::new();
+        layer.written(0..BLOCK_BYTES);
+        layer.begin_sync().unwrap();
+        layer.end_sync(true);
+        layer.written(0..BLOCK_BYTES);
+        flush.request(1);
+        assert_eq!(flush.begin(Some(&mut layer)), None);
+        assert!(is_sync(flush.next_piece()));
+        assert_eq!(flush.piece_done(Ok(()), Some(&mut layer)), over(&[1], true));
+        // And none where nothing was written.
+        flush.request(2);
+        assert_eq!(flush.begin(Some(&mut layer)), over(&[2], true));
+    }
+
+    #[test]
+    fn who_comes_during_a_flush_waits_for_the_next() {
+        let mut layer = layer();
+        let mut flush = Flush::new();
+        layer.written(0..BLOCK_BYTES);
+        flush.request(1);
+        assert_eq!(flush.begin(Some(&mut layer)), None);
+        assert!(is_sync(flush.next_piece()));
+        layer.written(BLOCK_BYTES..2 * BLOCK_BYTES);
+        flush.request(2);
+        flush.request(3);
+        assert_eq!(flush.begin(Some(&mut layer)), None);
+        for _ in 0..2 {
+            assert_eq!(flush.piece_done(Ok(()), Some(&mut layer)), None);
+            assert!(flush.next_piece().is_some());
+        }
+        assert_eq!(flush.piece_done(Ok(()), Some(&mut layer)), over(&[1], true));
+        assert_eq!(flush.begin(Some(&mut layer)), None);
+        assert!(is_sync(flush.next_piece()));
+    }
+
+    #[test]
+    fn after_a_failure_no_flush_succeeds() {
+        let mut layer = layer();
+        let mut flush = Flush::new();
+        layer.written(0..BLOCK_BYTES);
+        flush.request(1);
+        assert_eq!(flush.begin(Some(&mut layer)), None);
+        assert!(is_sync(flush.next_piece()));
+        let ended = flush.piece_done(Err(Errno::IO), Some(&mut layer));
+        assert_eq!(ended, over(&[1], false));
+        flush.request(2);
+        assert_eq!(flush.begin(Some(&mut layer)), over(&[2], false));
+    }
+
+    #[test]
+    fn an_abandoned_flush_leaves_its_work_to_the_next() {
+        let mut layer = layer();
+        let mut flush = Flush::new();
+        layer.written(0..BLOCK_BYTES);
+        flush.request(1);
+        assert_eq!(flush.begin(Some(&mut layer)), None);
+        flush.abandon(Some(&mut layer));
+        let writes = layer.begin_sync().expect("there is work left");
+        assert_eq!(writes.len(), 1);
+        assert_eq!(writes[0].bytes[0], 1);
+    }
+}

@@ -21,7 +21,7 @@ use std::io;
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
 
-use rustix::fs::{FlockOperation, OFlags, SeekFrom, fcntl_getfl, flock, seek};
+use rustix::fs::{FlockOperation, OFlags, SeekFrom, fcntl_getfl, fcntl_lock, seek};
 use rustix::io::Errno;
 
 use super::BLOCK_BYTES;
@@ -105,12 +105,15 @@ impl Layer {
         if !metadata.is_file() || flags & OFlags::ACCMODE != OFlags::RDWR {
             return Err(LayerError::Access);
         }
-        // The lock belongs to the open file, so it outlives a daemon that passed
-        // the descriptor here and ends with the monitor.
-        flock(&file, FlockOperation::NonBlockingLockExclusive).map_err(|errno| match errno {
-            Errno::WOULDBLOCK => LayerError::InUse,
-            errno => io_error(errno),
-        })?;
+        // A lock of the process, which ends with it. One of the open file, as
+        // flock(2) takes, would outlive a killed monitor for some milliseconds:
+        // the kernel tears down an io_uring in its own time, and that holds on
+        // to the file.
+        match fcntl_lock(&file, FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => {}
+            Err(Errno::AGAIN | Errno::ACCESS) => return Err(LayerError::InUse),
+            Err(errno) => return Err(io_error(errno)),
+        }
         if metadata.len() == 0 {
             Self::create(file, size_bytes)
         } else {
