@@ -21,6 +21,26 @@ use tonic_types::StatusExt as _;
 /// A long time for a machine that is busy; nothing should come near it.
 pub const LONG: Duration = Duration::from_secs(60);
 
+/// Arguments: the folder for the socket, the agent, its cgroup.
+const INIT_ROOT: &str = r#"
+root=$1/root
+mkdir "$root"
+mount -t tmpfs root "$root"
+cd "$root"
+mkdir proc sys dev run tmp etc root usr agent
+mount --rbind /usr usr
+for name in bin sbin lib lib64; do
+    if [ -L /$name ]; then cp -a /$name $name
+    elif [ -d /$name ]; then mkdir $name; mount --rbind /$name $name; fi
+done
+cp /etc/passwd /etc/group etc
+echo template >etc/hostname
+printf '127.0.0.1 localhost\n' >etc/hosts
+mount --bind "$1" agent
+cp "$2" init
+exec chroot . /init ignored --serve-unix /agent/socket --cgroup "$3"
+"#;
+
 /// One agent as a process of this machine.
 pub struct Guest {
     agent: Child,
@@ -64,6 +84,42 @@ impl Guest {
         if let Some(cgroup) = &cgroup {
             command.arg("--cgroup").arg(cgroup);
         }
+        Self::connect(command, folder, cgroup).await
+    }
+
+    /// Starts the agent as PID 1 of namespaces of its own, in a root filesystem
+    /// that has this machine's programs. It sets that up as it would a guest.
+    pub async fn start_as_init() -> Self {
+        assert!(
+            rustix::process::geteuid().is_root(),
+            "these tests make namespaces: run them as root"
+        );
+        let folder = tempfile::tempdir().unwrap();
+        let name = folder.path().file_name().unwrap().to_str().unwrap();
+        let cgroup = cgroup2().map(|root| root.join(format!("soulbox-test-{name}")));
+        let mut command = Command::new("unshare");
+        command.args([
+            "--fork",
+            "--pid",
+            "--mount",
+            "--uts",
+            "--ipc",
+            "--net",
+            "--kill-child",
+        ]);
+        command.args(["sh", "-euc", INIT_ROOT, "sh"]);
+        command.arg(folder.path());
+        command.arg(env!("CARGO_BIN_EXE_soulbox-guest"));
+        command.arg(format!("/sys/fs/cgroup/soulbox-test-{name}"));
+        Self::connect(command, folder, cgroup).await
+    }
+
+    async fn connect(
+        mut command: Command,
+        folder: tempfile::TempDir,
+        cgroup: Option<PathBuf>,
+    ) -> Self {
+        let socket = folder.path().join("socket");
         let agent = command.spawn().unwrap();
         until(|| socket.exists()).await;
         let endpoint = Endpoint::from_shared(format!("unix://{}", socket.display())).unwrap();
@@ -73,6 +129,18 @@ impl Guest {
             folder,
             cgroup,
             channel,
+        }
+    }
+
+    /// How the agent's process ended, once it has.
+    pub async fn ended(&mut self) -> std::process::ExitStatus {
+        let over = Instant::now() + LONG;
+        loop {
+            if let Some(status) = self.agent.try_wait().unwrap() {
+                return status;
+            }
+            assert!(Instant::now() < over, "the agent does not end");
+            tokio::time::sleep(Duration::from_millis(5)).await;
         }
     }
 
