@@ -186,11 +186,11 @@ impl<T: Copy> Engine<T> {
     pub(super) fn submit(&mut self) {
         while !self.ring.submission().is_empty() {
             match self.ring.submit() {
-                Ok(_) => {}
+                Ok(1..) => {}
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 // EAGAIN and EBUSY, the kernel is short of memory: what was not
                 // taken stays queued for the event loop's next turn.
-                Err(_) => return self.wake(),
+                Ok(0) | Err(_) => return self.wake(),
             }
         }
     }

@@ -30,8 +30,10 @@ static ZEROS: [u8; BLOCK_BYTES as usize] = [0; BLOCK_BYTES as usize];
 /// What a disk has whether a driver uses it or not.
 pub(super) struct Backend {
     pub(super) id: [u8; ID_MAX_BYTES],
-    pub(super) disk: Disk,
+    /// Before the disk, so that it is dropped first: closing the layer gives up
+    /// its lock, which must outlast the last write.
     pub(super) engine: Engine<Owner>,
+    pub(super) disk: Disk,
     pub(super) limiter: Option<RateLimiter>,
     pub(super) metrics: Metrics,
 }
