@@ -1,1 +1,28 @@
+//! The host's side of SoulBox: `soulboxd`, which keeps the sandboxes of one
+//! host, and `soulbox`, the command line that talks to it.
+//!
+//! A call travels `service` → `sandbox` → `monitor` and `guest`. `service`
+//! speaks gRPC, `sandbox` owns every sandbox's life, `monitor` drives one
+//! `soulbox-vmm` process, `guest` reaches the agent inside.
 
+// The one exception is `reactor`, which says why.
+#![deny(unsafe_code)]
+
+pub mod admission;
+pub mod cli;
+pub mod config;
+pub mod daemon;
+pub mod guest;
+pub mod host;
+pub mod id;
+pub mod kvm;
+pub mod monitor;
+mod reactor;
+pub mod record;
+pub mod sandbox;
+pub mod service;
+pub mod status;
+pub mod store;
+mod sync;
+pub mod template;
+pub mod time;

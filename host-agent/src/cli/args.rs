@@ -1,0 +1,247 @@
+//! The arguments. What reaches a guest is bytes from end to end.
+
+use std::ffi::OsString;
+use std::time::Duration;
+
+use clap::{Parser, Subcommand, ValueEnum};
+
+const DEFAULT_HOST: &str = "unix:/run/soulbox/soulboxd.sock";
+
+/// Runs programs in microVMs that a soulboxd keeps.
+#[derive(Debug, Parser)]
+#[command(name = "soulbox", version)]
+pub(super) struct Args {
+    /// The daemon: unix:/PATH or http://ADDRESS:PORT.
+    #[arg(long, global = true, env = "SOULBOX_HOST", default_value = DEFAULT_HOST)]
+    pub(super) host: String,
+
+    #[arg(long, global = true, value_enum, default_value_t)]
+    pub(super) output: Output,
+
+    #[command(subcommand)]
+    pub(super) command: Command,
+}
+
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, ValueEnum)]
+pub(super) enum Output {
+    #[default]
+    Table,
+    Json,
+}
+
+#[derive(Debug, Subcommand)]
+pub(super) enum Command {
+    /// Run a program in a new sandbox, and delete that when it ends.
+    ///
+    /// Ends with the program's exit code, 128 and its number when a signal
+    /// ended it, 124 after --timeout, 127 or 126 when it cannot be started, and
+    /// 125 when SoulBox itself failed.
+    Run(RunArgs),
+    /// Run a program in a sandbox that exists; exit codes are those of `run`.
+    Exec(ExecArgs),
+    /// Make a sandbox and print its id.
+    Create(CreateArgs),
+    /// List sandboxes in the order of their creation.
+    Ls {
+        /// Only those with this label; may be repeated.
+        #[arg(long = "label", value_name = "KEY=VALUE", value_parser = pair)]
+        labels: Vec<(String, String)>,
+    },
+    /// Show one sandbox and what it uses.
+    Get { id: String },
+    /// Delete sandboxes.
+    Rm(RmArgs),
+    /// Print sandboxes, then each change, until interrupted.
+    Watch {
+        /// Only those with this label; may be repeated.
+        #[arg(long = "label", value_name = "KEY=VALUE", value_parser = pair)]
+        labels: Vec<(String, String)>,
+    },
+    /// Show the host: what it has, what is left, and whether KVM works.
+    Node,
+    /// What sandboxes are made from.
+    Template {
+        #[command(subcommand)]
+        command: TemplateCommand,
+    },
+    /// Print completions for a shell.
+    Completions { shell: clap_complete::Shell },
+}
+
+#[derive(Debug, Subcommand)]
+pub(super) enum TemplateCommand {
+    /// List templates.
+    Ls,
+}
+
+#[derive(Debug, clap::Args)]
+pub(super) struct RunArgs {
+    #[command(flatten)]
+    pub(super) sandbox: SandboxArgs,
+    #[command(flatten)]
+    pub(super) process: ProcessArgs,
+    /// Keep the sandbox when the program ends, and print its id to standard error.
+    #[arg(long)]
+    pub(super) keep: bool,
+    /// Print to standard error where the time went.
+    #[arg(long)]
+    pub(super) timings: bool,
+    /// The program and its arguments.
+    #[arg(required = true, trailing_var_arg = true, value_name = "COMMAND")]
+    pub(super) argv: Vec<OsString>,
+}
+
+#[derive(Debug, clap::Args)]
+pub(super) struct ExecArgs {
+    /// The sandbox.
+    pub(super) id: String,
+    #[command(flatten)]
+    pub(super) process: ProcessArgs,
+    /// The program and its arguments.
+    #[arg(required = true, trailing_var_arg = true, value_name = "COMMAND")]
+    pub(super) argv: Vec<OsString>,
+}
+
+#[derive(Debug, clap::Args)]
+pub(super) struct CreateArgs {
+    #[command(flatten)]
+    pub(super) sandbox: SandboxArgs,
+    /// Make the call idempotent: with the same id and the same options, the
+    /// same sandbox.
+    #[arg(long, default_value = "", hide_default_value = true)]
+    pub(super) request_id: String,
+    /// Print to standard error where the time went.
+    #[arg(long)]
+    pub(super) timings: bool,
+}
+
+#[derive(Debug, clap::Args)]
+pub(super) struct RmArgs {
+    #[arg(required_unless_present = "all")]
+    pub(super) ids: Vec<String>,
+    /// Skip the guest's clean stop.
+    #[arg(long)]
+    pub(super) force: bool,
+    /// Delete every sandbox of the host.
+    #[arg(long, conflicts_with = "ids")]
+    pub(super) all: bool,
+}
+
+#[derive(Debug, clap::Args)]
+pub(super) struct SandboxArgs {
+    /// What to make it from [default: the node's].
+    #[arg(long, default_value = "", hide_default_value = true)]
+    pub(super) template: String,
+    /// Virtual CPUs, 1 to 32 [default: the node's].
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..))]
+    pub(super) vcpus: Option<u32>,
+    /// Memory, at least 128 [default: the node's].
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..))]
+    pub(super) memory_mib: Option<u32>,
+    /// Size of the root disk [default: the template's].
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..))]
+    pub(super) disk_mib: Option<u32>,
+    /// Delete it after this long, such as 90s, 10m or 2h [default: the node's].
+    #[arg(long, value_parser = duration)]
+    pub(super) ttl: Option<Duration>,
+    /// A label; may be repeated.
+    #[arg(long = "label", value_name = "KEY=VALUE", value_parser = pair)]
+    pub(super) labels: Vec<(String, String)>,
+}
+
+#[derive(Debug, clap::Args)]
+pub(super) struct ProcessArgs {
+    /// Pass standard input to the program.
+    #[arg(short, long)]
+    pub(super) interactive: bool,
+    /// Add a variable to the program's environment; may be repeated.
+    #[arg(long = "env", short = 'e', value_name = "NAME=VALUE")]
+    pub(super) env: Vec<OsString>,
+    /// Where to run [default: the user's home].
+    #[arg(long, default_value = "", hide_default_value = true)]
+    pub(super) cwd: OsString,
+    /// A user's name or UID[:GID] [default: the template's].
+    #[arg(long, default_value = "", hide_default_value = true)]
+    pub(super) user: String,
+    /// Kill the program after this long, such as 500ms, 30s or 5m.
+    #[arg(long, value_parser = duration)]
+    pub(super) timeout: Option<Duration>,
+}
+
+// === impl Command ===
+
+impl Command {
+    /// Whether its exit code is a program's.
+    pub(super) fn runs_a_program(&self) -> bool {
+        matches!(self, Self::Run(_) | Self::Exec(_))
+    }
+}
+
+fn pair(text: &str) -> Result<(String, String), String> {
+    match text.split_once('=') {
+        Some((key, value)) if !key.is_empty() => Ok((key.to_owned(), value.to_owned())),
+        _ => Err("give KEY=VALUE".to_owned()),
+    }
+}
+
+/// "500ms", "30s", "5m", "2h" or "1d"; a bare number is seconds.
+fn duration(text: &str) -> Result<Duration, String> {
+    let mend = || format!("{text:?} is no duration; give one such as 500ms, 30s, 5m, 2h or 1d");
+    let digits = text
+        .find(|character: char| !character.is_ascii_digit())
+        .unwrap_or(text.len());
+    let (number, unit) = text.split_at(digits);
+    let number: u64 = number.parse().map_err(|_| mend())?;
+    let unit_ms = match unit {
+        "ms" => 1,
+        "" | "s" => 1000,
+        "m" => 60 * 1000,
+        "h" => 60 * 60 * 1000,
+        "d" => 24 * 60 * 60 * 1000,
+        _ => return Err(mend()),
+    };
+    match number.checked_mul(unit_ms) {
+        Some(millis) if millis > 0 => Ok(Duration::from_millis(millis)),
+        _ => Err(mend()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::ffi::OsStringExt as _;
+
+    use clap::CommandFactory as _;
+
+    use super::*;
+
+    #[test]
+    fn the_definition_is_consistent() {
+        Args::command().debug_assert();
+    }
+
+    #[test]
+    fn what_follows_the_command_is_the_programs() {
+        let odd = OsString::from_vec(vec![0xff, b'x']);
+        let args: Vec<OsString> = ["soulbox", "run", "-i", "--env", "A=b=c", "ls", "-l", "--keep", "--"]
+            .map(OsString::from)
+            .into_iter()
+            .chain([odd.clone()])
+            .collect();
+        let Command::Run(run) = Args::try_parse_from(args).unwrap().command else {
+            panic!("not run");
+        };
+        assert_eq!(run.argv[..3], ["ls", "-l", "--keep"].map(OsString::from));
+        assert_eq!(run.argv.last(), Some(&odd));
+        assert!(run.process.interactive && !run.keep);
+    }
+
+    #[test]
+    fn durations_have_units() {
+        assert_eq!(duration("500ms"), Ok(Duration::from_millis(500)));
+        assert_eq!(duration("90"), Ok(Duration::from_secs(90)));
+        assert_eq!(duration("2h"), Ok(Duration::from_secs(7200)));
+        for bad in ["", "s", "-1s", "1w", "0", "1.5s", "99999999999999999999h", "9999999999999999h"] {
+            assert!(duration(bad).is_err(), "{bad}");
+        }
+    }
+}

@@ -1,0 +1,111 @@
+//! What the command line says when something fails, and how it ends then.
+
+use std::io;
+
+use tonic::Status;
+use tonic_types::StatusExt as _;
+
+#[derive(Debug, thiserror::Error)]
+pub(super) enum CliError {
+    #[error("{host:?} is no address of a soulboxd; give unix:/PATH or http://ADDRESS:PORT with --host or SOULBOX_HOST")]
+    Host { host: String },
+    #[error("soulboxd cannot be reached at {host} ({message}); start it with `systemctl start soulboxd`, or give its address with --host or SOULBOX_HOST")]
+    Connect { host: String, message: String },
+    #[error("you may not use the soulboxd at {host}; join the group that owns its socket, or run this as root")]
+    Permission { host: String },
+    #[error("{}", sentence(.0.message()))]
+    Call(Box<Status>),
+    #[error("the call ended without the program's exit status; see whether the sandbox is still there with `soulbox ls`")]
+    NoExit,
+    #[error("{variable:?} is no variable; give NAME=VALUE to --env")]
+    Env { variable: String },
+    #[error("the output cannot be written ({0})")]
+    Output(#[source] io::Error),
+    #[error("the runtime cannot be started ({source}); see the limits on threads and open files")]
+    Runtime { source: io::Error },
+    #[error("{failed} of {asked} sandboxes were not deleted; see above")]
+    NotDeleted { failed: usize, asked: usize },
+    /// Nothing to say: the one who asked for it knows.
+    #[error("interrupted")]
+    Interrupted,
+}
+
+/// 128 and SIGPIPE, as a shell tells of a program that writes to nobody.
+const BROKEN_PIPE: u8 = 128 + 13;
+/// 128 and SIGINT.
+const INTERRUPTED: u8 = 128 + 2;
+
+// === impl CliError ===
+
+impl CliError {
+    /// The code to end with, where the error knows.
+    pub(super) fn exit_code(&self) -> Option<u8> {
+        match self {
+            Self::Call(status) => {
+                let details = status.get_error_details();
+                details.error_info()?.metadata.get("exit_code")?.parse().ok()
+            }
+            Self::Output(error) if error.kind() == io::ErrorKind::BrokenPipe => Some(BROKEN_PIPE),
+            Self::Interrupted => Some(INTERRUPTED),
+            _ => None,
+        }
+    }
+
+    /// To standard error.
+    pub(super) fn print(&self) {
+        let quiet = match self {
+            Self::Interrupted => true,
+            Self::Output(error) => error.kind() == io::ErrorKind::BrokenPipe,
+            _ => false,
+        };
+        if quiet {
+            return;
+        }
+        eprintln!("soulbox: {self}");
+        if let Self::Call(status) = self {
+            let details = status.get_error_details();
+            let tail = details
+                .error_info()
+                .and_then(|info| info.metadata.get("console_tail"));
+            if let Some(tail) = tail {
+                eprintln!("soulbox: the console's last lines:");
+                for line in tail.lines() {
+                    eprintln!("  {line}");
+                }
+            }
+        }
+    }
+}
+
+impl From<Status> for CliError {
+    fn from(status: Status) -> Self {
+        Self::Call(Box::new(status))
+    }
+}
+
+fn sentence(message: &str) -> &str {
+    if message.is_empty() {
+        "the call failed and soulboxd did not say why; see its log"
+    } else {
+        message
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashMap;
+
+    use tonic::Code;
+    use tonic_types::ErrorDetails;
+
+    use super::*;
+
+    #[test]
+    fn an_exit_code_in_the_details_is_taken() {
+        let metadata = HashMap::from([("exit_code".to_owned(), "127".to_owned())]);
+        let details = ErrorDetails::with_error_info("COMMAND_NOT_FOUND", "soulbox", metadata);
+        let status = Status::with_error_details(Code::NotFound, "no such command", details);
+        assert_eq!(CliError::from(status).exit_code(), Some(127));
+        assert_eq!(CliError::from(Status::unavailable("")).exit_code(), None);
+    }
+}

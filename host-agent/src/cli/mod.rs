@@ -1,0 +1,88 @@
+//! `soulbox`: the command line.
+
+mod args;
+mod commands;
+mod connect;
+mod error;
+mod exec;
+mod output;
+mod run;
+mod signals;
+mod stdio;
+
+use std::process::ExitCode;
+
+use clap::{CommandFactory as _, Parser as _};
+
+use self::args::{Args, Command, TemplateCommand};
+use self::error::CliError;
+
+/// What `run` and `exec` end with when the fault is SoulBox's and not the
+/// program's, as `docker run` and `timeout` do.
+const OWN_FAILURE: u8 = 125;
+
+/// All of the command line but its exit code.
+pub fn main() -> ExitCode {
+    let args = match Args::try_parse() {
+        Ok(args) => args,
+        Err(error) => return usage(&error),
+    };
+    if let Command::Completions { shell } = args.command {
+        clap_complete::generate(shell, &mut Args::command(), "soulbox", &mut std::io::stdout());
+        return ExitCode::SUCCESS;
+    }
+    let runs_a_program = args.command.runs_a_program();
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build();
+    let outcome = match runtime {
+        Ok(runtime) => {
+            let outcome = runtime.block_on(dispatch(args));
+            // A read of standard input may never end; it is not waited for.
+            runtime.shutdown_background();
+            outcome
+        }
+        Err(source) => Err(CliError::Runtime { source }),
+    };
+    match outcome {
+        Ok(code) => ExitCode::from(code),
+        Err(error) => {
+            error.print();
+            ExitCode::from(error.exit_code().unwrap_or(if runs_a_program { OWN_FAILURE } else { 1 }))
+        }
+    }
+}
+
+async fn dispatch(args: Args) -> Result<u8, CliError> {
+    let host = connect::Host::parse(&args.host)?;
+    let output = args.output;
+    match args.command {
+        Command::Run(run) => run::run(&host, output, run).await,
+        Command::Exec(exec) => exec::exec(&host, exec).await,
+        Command::Create(create) => commands::create(&host, output, create).await,
+        Command::Ls { labels } => commands::ls(&host, output, labels).await,
+        Command::Get { id } => commands::get(&host, output, id).await,
+        Command::Rm(rm) => commands::rm(&host, rm).await,
+        Command::Watch { labels } => commands::watch(&host, output, labels).await,
+        Command::Node => commands::node(&host, output).await,
+        Command::Template {
+            command: TemplateCommand::Ls,
+        } => commands::template_ls(&host, output).await,
+        // Answered before there is a host to talk to.
+        Command::Completions { .. } => Ok(0),
+    }
+}
+
+/// Says what is wrong with the arguments; `--help` comes here too.
+fn usage(error: &clap::Error) -> ExitCode {
+    // A closed terminal is no reason to fail differently.
+    let _ = error.print();
+    let program_was_to_run = std::env::args_os()
+        .take_while(|arg| arg != "--")
+        .any(|arg| arg == "run" || arg == "exec");
+    match error.exit_code() {
+        0 => ExitCode::SUCCESS,
+        _ if program_was_to_run => ExitCode::from(OWN_FAILURE),
+        _ => ExitCode::from(2),
+    }
+}

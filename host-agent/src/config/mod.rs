@@ -1,0 +1,318 @@
+//! The daemon's configuration: one TOML file, validated whole before anything
+//! is opened.
+
+mod validate;
+
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use serde::Deserialize;
+
+pub use validate::Violation;
+
+/// What `--print-default-config` prints.
+pub const DEFAULT_TOML: &str = include_str!("default.toml");
+
+/// Where `soulboxd` looks without `--config`.
+pub const DEFAULT_PATH: &str = "/etc/soulbox/soulboxd.toml";
+
+#[derive(Debug, Clone, PartialEq, Default, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Config {
+    pub listen: Listen,
+    pub paths: Paths,
+    pub capacity: Capacity,
+    pub defaults: Defaults,
+    pub limits: Limits,
+    pub timeouts: Timeouts,
+    pub shutdown: Shutdown,
+}
+
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Listen {
+    pub unix_path: PathBuf,
+    /// A group's name or number; empty for the daemon's own.
+    pub unix_group: String,
+    #[serde(deserialize_with = "empty_is_none")]
+    pub tcp_address: Option<SocketAddr>,
+}
+
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Paths {
+    pub state_dir: PathBuf,
+    pub run_dir: PathBuf,
+    pub template_dir: PathBuf,
+    /// Empty for the `soulbox-vmm` beside this binary.
+    pub monitor: PathBuf,
+    pub kvm: PathBuf,
+}
+
+/// Zero stands for "derived from the host".
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Capacity {
+    pub vcpus: u32,
+    pub vcpu_overcommit: u32,
+    pub memory_mib: u64,
+    pub disk_mib: u64,
+}
+
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Defaults {
+    pub template: String,
+    pub vcpus: u32,
+    pub memory_mib: u32,
+    /// Zero for the size of the template's root disk.
+    pub disk_mib: u32,
+    /// Zero for no end.
+    pub ttl_seconds: u64,
+}
+
+#[derive(Debug, Clone, PartialEq, Default, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Limits {
+    /// Zero for no limit.
+    pub max_ttl_seconds: u64,
+}
+
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Timeouts {
+    pub boot_ms: u64,
+    pub clean_stop_ms: u64,
+    pub drain_ms: u64,
+}
+
+#[derive(Debug, Clone, PartialEq, Default, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Shutdown {
+    pub sandboxes: OnShutdown,
+}
+
+/// What SIGTERM does with running sandboxes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum OnShutdown {
+    #[default]
+    Keep,
+    Stop,
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    #[error("{path} cannot be read; give another file with --config, or make one with `soulboxd --print-default-config`")]
+    Read {
+        path: PathBuf,
+        source: std::io::Error,
+    },
+    #[error("{path} is not a valid configuration; mend this and try again:\n{message}")]
+    Parse { path: PathBuf, message: String },
+    #[error("{path} has {} to mend:{}", values(.violations), list(.violations))]
+    Invalid {
+        path: PathBuf,
+        violations: Vec<Violation>,
+    },
+}
+
+// === impl Config ===
+
+impl Config {
+    /// Reads and validates `path`. Without one, the default file is read where
+    /// there is one, and the defaults hold where there is none.
+    pub fn load(path: Option<&Path>) -> Result<Self, ConfigError> {
+        let (path, required) = match path {
+            Some(path) => (path, true),
+            None => (Path::new(DEFAULT_PATH), false),
+        };
+        match std::fs::read_to_string(path) {
+            Ok(text) => Self::parse(path, &text),
+            Err(error) if !required && error.kind() == std::io::ErrorKind::NotFound => {
+                Self::parse(path, "")
+            }
+            Err(source) => Err(ConfigError::Read {
+                path: path.to_owned(),
+                source,
+            }),
+        }
+    }
+
+    /// Parses and validates `text`, which `path` names in errors.
+    pub fn parse(path: &Path, text: &str) -> Result<Self, ConfigError> {
+        let config: Self = toml::from_str(text).map_err(|error| ConfigError::Parse {
+            path: path.to_owned(),
+            message: error.to_string().trim_end().to_owned(),
+        })?;
+        let violations = config.violations();
+        if violations.is_empty() {
+            Ok(config)
+        } else {
+            Err(ConfigError::Invalid {
+                path: path.to_owned(),
+                violations,
+            })
+        }
+    }
+
+    /// Every rule that a value breaks.
+    pub fn violations(&self) -> Vec<Violation> {
+        validate::validate(self)
+    }
+}
+
+// === impl Paths ===
+
+impl Paths {
+    /// The monitor's binary, the one beside this one unless configured.
+    pub fn monitor_binary(&self) -> std::io::Result<PathBuf> {
+        if self.monitor.as_os_str().is_empty() {
+            Ok(std::env::current_exe()?.with_file_name("soulbox-vmm"))
+        } else {
+            Ok(self.monitor.clone())
+        }
+    }
+}
+
+// === impl Timeouts ===
+
+impl Timeouts {
+    pub fn boot(&self) -> Duration {
+        Duration::from_millis(self.boot_ms)
+    }
+
+    pub fn clean_stop(&self) -> Duration {
+        Duration::from_millis(self.clean_stop_ms)
+    }
+
+    pub fn drain(&self) -> Duration {
+        Duration::from_millis(self.drain_ms)
+    }
+}
+
+// === impl Default ===
+
+impl Default for Listen {
+    fn default() -> Self {
+        Self {
+            unix_path: "/run/soulbox/soulboxd.sock".into(),
+            unix_group: String::new(),
+            tcp_address: None,
+        }
+    }
+}
+
+impl Default for Paths {
+    fn default() -> Self {
+        Self {
+            state_dir: "/var/lib/soulbox".into(),
+            run_dir: "/run/soulbox".into(),
+            template_dir: "/var/lib/soulbox/templates".into(),
+            monitor: PathBuf::new(),
+            kvm: "/dev/kvm".into(),
+        }
+    }
+}
+
+impl Default for Capacity {
+    fn default() -> Self {
+        Self {
+            vcpus: 0,
+            vcpu_overcommit: 4,
+            memory_mib: 0,
+            disk_mib: 0,
+        }
+    }
+}
+
+impl Default for Defaults {
+    fn default() -> Self {
+        Self {
+            template: "base".into(),
+            vcpus: 1,
+            memory_mib: 512,
+            disk_mib: 0,
+            ttl_seconds: 0,
+        }
+    }
+}
+
+impl Default for Timeouts {
+    fn default() -> Self {
+        Self {
+            boot_ms: 60_000,
+            clean_stop_ms: 5_000,
+            drain_ms: 30_000,
+        }
+    }
+}
+
+fn empty_is_none<'de, D>(deserializer: D) -> Result<Option<SocketAddr>, D::Error>
+where
+    D: serde::Deserializer<'de>,
+{
+    let text = String::deserialize(deserializer)?;
+    if text.is_empty() {
+        return Ok(None);
+    }
+    text.parse().map(Some).map_err(|_| {
+        serde::de::Error::custom(format!(
+            "{text:?} is not an address: give IP:PORT, such as \"10.0.0.5:7600\", or \"\" for none"
+        ))
+    })
+}
+
+fn values(violations: &[Violation]) -> String {
+    match violations.len() {
+        1 => "one value".to_owned(),
+        count => format!("{count} values"),
+    }
+}
+
+fn list(violations: &[Violation]) -> String {
+    violations
+        .iter()
+        .map(|violation| format!("\n  {}: {}", violation.field, violation.mend))
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(text: &str) -> Result<Config, ConfigError> {
+        Config::parse(Path::new("test.toml"), text)
+    }
+
+    #[test]
+    fn the_printed_defaults_are_the_defaults() {
+        let uncommented: String = DEFAULT_TOML
+            .lines()
+            .map(|line| match line.strip_prefix('#') {
+                Some(rest) if !rest.starts_with(' ') => format!("{rest}\n"),
+                _ => format!("{line}\n"),
+            })
+            .collect();
+        assert!(uncommented.contains("\nboot_ms = 60000\n"));
+        assert_eq!(parse(&uncommented).unwrap(), Config::default());
+        assert_eq!(parse(DEFAULT_TOML).unwrap(), Config::default());
+        assert_eq!(parse("").unwrap(), Config::default());
+    }
+
+    #[test]
+    fn an_unknown_name_is_named() {
+        let error = parse("[timeouts]\nboot_seconds = 3").unwrap_err().to_string();
+        assert!(error.contains("boot_seconds"), "{error}");
+        assert!(error.contains("boot_ms"), "{error}");
+    }
+
+    #[test]
+    fn a_bad_address_is_said_with_the_mend() {
+        let error = parse("[listen]\ntcp_address = \"localhost\"")
+            .unwrap_err()
+            .to_string();
+        assert!(error.contains("IP:PORT"), "{error}");
+    }
+}

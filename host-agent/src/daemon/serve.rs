@@ -1,0 +1,133 @@
+//! The gRPC server and its end.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::Context as _;
+use soulbox_proto::FILE_DESCRIPTOR_SET;
+use soulbox_proto::host::v1::node_service_server::NodeServiceServer;
+use soulbox_proto::host::v1::sandbox_service_server::SandboxServiceServer;
+use tokio::task::JoinSet;
+use tokio_stream::wrappers::{TcpListenerStream, UnixListenerStream};
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+use tonic::service::Routes;
+use tonic::transport::Server;
+use tonic_health::server::HealthReporter;
+
+use super::listen::{Listeners, SocketFile};
+use crate::host::HostFacts;
+use crate::sandbox::Pool;
+use crate::service::{NodeApi, SandboxApi};
+
+/// Dead callers are noticed, so that what they run is ended.
+const KEEPALIVE: Duration = Duration::from_secs(20);
+/// How long a closed server may take to send its last frames.
+const LAST_FRAMES: Duration = Duration::from_millis(500);
+
+/// The servers, while they run.
+pub(super) struct Services {
+    servers: JoinSet<Result<(), tonic::transport::Error>>,
+    health: HealthReporter,
+    calls: TaskTracker,
+    /// Ends calls without an end of their own.
+    stopping: CancellationToken,
+    /// Ends the servers.
+    closing: CancellationToken,
+    _unix_socket: SocketFile,
+}
+
+// === impl Services ===
+
+impl Services {
+    pub(super) async fn start(
+        pool: &Arc<Pool>,
+        facts: HostFacts,
+        listeners: Listeners,
+    ) -> anyhow::Result<Self> {
+        let calls = TaskTracker::new();
+        let stopping = CancellationToken::new();
+        let closing = CancellationToken::new();
+        let sandboxes = SandboxServiceServer::new(SandboxApi::new(
+            Arc::clone(pool),
+            calls.clone(),
+            stopping.clone(),
+        ));
+        let node = NodeServiceServer::new(NodeApi::new(Arc::clone(pool), Arc::new(facts)));
+        let (health, health_server) = tonic_health::server::health_reporter();
+        health
+            .set_serving::<SandboxServiceServer<SandboxApi>>()
+            .await;
+        health.set_serving::<NodeServiceServer<NodeApi>>().await;
+
+        let mut routes = Routes::builder();
+        routes
+            .add_service(sandboxes)
+            .add_service(node)
+            .add_service(health_server)
+            .add_service(reflection().build_v1().context("reflection")?)
+            .add_service(reflection().build_v1alpha().context("reflection")?);
+        let routes = routes.routes();
+
+        let mut servers = JoinSet::new();
+        let unix = UnixListenerStream::new(listeners.unix);
+        servers.spawn(server().add_routes(routes.clone()).serve_with_incoming_shutdown(
+            unix,
+            closing.clone().cancelled_owned(),
+        ));
+        if let Some(tcp) = listeners.tcp {
+            servers.spawn(server().add_routes(routes).serve_with_incoming_shutdown(
+                TcpListenerStream::new(tcp),
+                closing.clone().cancelled_owned(),
+            ));
+        }
+        Ok(Self {
+            servers,
+            health,
+            calls,
+            stopping,
+            closing,
+            _unix_socket: listeners.unix_socket,
+        })
+    }
+
+    /// Waits for the calls that are running. Meanwhile callers are still
+    /// answered, so that they learn that this node is going.
+    pub(super) async fn drain(&self, limit: Duration) {
+        self.health
+            .set_not_serving::<SandboxServiceServer<SandboxApi>>()
+            .await;
+        self.stopping.cancel();
+        self.calls.close();
+        if tokio::time::timeout(limit, self.calls.wait()).await.is_err() {
+            tracing::warn!(calls = self.calls.len(), "the drain's time is over; calls are cut off");
+        }
+    }
+
+    /// Ends the servers and removes the socket.
+    pub(super) async fn close(mut self) {
+        self.closing.cancel();
+        let ended = async {
+            while let Some(server) = self.servers.join_next().await {
+                if let Ok(Err(error)) = server {
+                    tracing::warn!(%error, "a server ended with an error");
+                }
+            }
+        };
+        if tokio::time::timeout(LAST_FRAMES, ended).await.is_err() {
+            self.servers.shutdown().await;
+        }
+    }
+}
+
+fn server() -> Server {
+    Server::builder()
+        .http2_keepalive_interval(Some(KEEPALIVE))
+        .http2_keepalive_timeout(Some(KEEPALIVE))
+}
+
+fn reflection() -> tonic_reflection::server::Builder<'static> {
+    tonic_reflection::server::Builder::configure()
+        .register_encoded_file_descriptor_set(FILE_DESCRIPTOR_SET)
+        .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+}

@@ -1,0 +1,178 @@
+//! What the daemon remembers of a sandbox across its own restarts.
+
+mod state;
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+
+use crate::id::SandboxId;
+use crate::time::{Stage, UnixMillis};
+
+pub use state::{IllegalTransition, State, Transition};
+
+/// One sandbox. Stored as JSON: fields may be added with `#[serde(default)]`,
+/// and fields that an older daemon does not know are ignored by it.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct SandboxRecord {
+    pub id: SandboxId,
+    /// Rises with each sandbox that this state folder has seen.
+    pub sequence: u64,
+    pub template: String,
+    pub state: State,
+    pub resources: Resources,
+    #[serde(default)]
+    pub labels: BTreeMap<String, String>,
+    pub created_at: UnixMillis,
+    /// When it will be deleted; none for never.
+    #[serde(default)]
+    pub expires_at: Option<UnixMillis>,
+    /// The request that made it, when that had an id.
+    #[serde(default)]
+    pub request_id: Option<String>,
+    /// The process that runs it, from its start until it is known to be gone.
+    #[serde(default)]
+    pub monitor: Option<MonitorIdentity>,
+    /// Set in state `Failed`.
+    #[serde(default)]
+    pub failure: Option<Failure>,
+}
+
+/// What a sandbox takes of its host.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Resources {
+    pub vcpus: u32,
+    pub memory_mib: u32,
+    pub disk_mib: u32,
+}
+
+/// A process, told apart from a later one with the same number.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MonitorIdentity {
+    pub pid: i32,
+    /// Field 22 of `/proc/<pid>/stat`: clock ticks since the host booted.
+    pub start_time_ticks: u64,
+}
+
+/// Why a sandbox ended without being asked to.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Failure {
+    /// Stable, as in `ErrorInfo.reason`.
+    pub reason: String,
+    /// One sentence for a person.
+    pub message: String,
+    /// The last lines of the guest's console.
+    #[serde(default)]
+    pub console_tail: String,
+}
+
+/// A `CreateSandbox` request that carried an id.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct RequestRecord {
+    /// What was asked, to tell a repetition from another request.
+    pub body: serde_json::Value,
+    /// The sandbox that it made; its reply stands until that is gone.
+    pub sandbox: SandboxId,
+    /// None while the call has not ended.
+    #[serde(default)]
+    pub reply: Option<Reply>,
+    /// When the entry is forgotten; none while its sandbox exists.
+    #[serde(default)]
+    pub forget_at: Option<UnixMillis>,
+}
+
+/// How a `CreateSandbox` call ended.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Reply {
+    Created {
+        record: Box<SandboxRecord>,
+        stages: Vec<Stage>,
+    },
+    Refused(crate::status::Refusal),
+}
+
+// === impl SandboxRecord ===
+
+impl SandboxRecord {
+    /// The record as `transition` leaves it.
+    pub fn apply(&self, transition: Transition) -> Result<Self, IllegalTransition> {
+        let state = self.state.after(&transition)?;
+        let mut next = Self {
+            state,
+            ..self.clone()
+        };
+        match transition {
+            Transition::Spawned(monitor) => next.monitor = Some(monitor),
+            Transition::Stopped => next.monitor = None,
+            Transition::Fail(failure) => {
+                next.monitor = None;
+                next.failure = Some(failure);
+            }
+            Transition::Start | Transition::Run | Transition::Stop => {}
+        }
+        Ok(next)
+    }
+
+    /// Whether it carries all of `wanted`.
+    pub fn matches<'a>(
+        &self,
+        wanted: impl IntoIterator<Item = (&'a String, &'a String)>,
+    ) -> bool {
+        wanted
+            .into_iter()
+            .all(|(key, value)| self.labels.get(key) == Some(value))
+    }
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+
+    pub(crate) fn sample(state: State) -> SandboxRecord {
+        SandboxRecord {
+            id: SandboxId::random().unwrap(),
+            sequence: 7,
+            template: "base".to_owned(),
+            state,
+            resources: Resources {
+                vcpus: 1,
+                memory_mib: 128,
+                disk_mib: 64,
+            },
+            labels: BTreeMap::from([("team".to_owned(), "a".to_owned())]),
+            created_at: UnixMillis(1),
+            expires_at: None,
+            request_id: None,
+            monitor: None,
+            failure: None,
+        }
+    }
+
+    #[test]
+    fn a_record_of_another_version_still_loads() {
+        let mut json = serde_json::to_value(sample(State::Running)).unwrap();
+        let fields = json.as_object_mut().unwrap();
+        for optional in ["labels", "expires_at", "request_id", "monitor", "failure"] {
+            fields.remove(optional);
+        }
+        fields.insert("of_the_future".to_owned(), serde_json::json!([1]));
+        let loaded: SandboxRecord = serde_json::from_value(json).unwrap();
+        assert_eq!(loaded.state, State::Running);
+    }
+
+    #[test]
+    fn labels_match_only_when_all_are_there() {
+        let record = sample(State::Running);
+        let wanted = |pairs: &[(&str, &str)]| -> BTreeMap<String, String> {
+            pairs
+                .iter()
+                .map(|(key, value)| ((*key).to_owned(), (*value).to_owned()))
+                .collect()
+        };
+        assert!(record.matches(&wanted(&[])));
+        assert!(record.matches(&wanted(&[("team", "a")])));
+        assert!(!record.matches(&wanted(&[("team", "b")])));
+        assert!(!record.matches(&wanted(&[("team", "a"), ("x", "y")])));
+    }
+}

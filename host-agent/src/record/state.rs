@@ -1,0 +1,179 @@
+//! The states of a sandbox and the ways between them.
+//!
+//! ```text
+//! pending ─ Start → starting ─ Run → running
+//!    │                 │ ↺ Spawned      │
+//!    ├─ Fail, ─────────┼────────────────┤ → failed
+//!    └─ Stop ──────────┴────────────────┴ → stopping ─ Stopped → stopped
+//!                                failed ─ Stop ↗
+//! ```
+//!
+//! `Stop` is allowed from every state but `stopped`, also from `stopping`: a
+//! daemon that was killed in mid-stop begins it again.
+
+use std::fmt;
+
+use serde::{Deserialize, Serialize};
+
+use super::{Failure, MonitorIdentity};
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum State {
+    /// Recorded and admitted; nothing of it exists yet.
+    Pending,
+    /// Files, then a monitor, then a guest are coming to be.
+    Starting,
+    /// A program has been run in it.
+    Running,
+    /// Being taken down.
+    Stopping,
+    /// Nothing is left but the record.
+    Stopped,
+    /// It ended without being asked to; nothing is left but the record.
+    Failed,
+}
+
+/// A step of a sandbox's life. It is durable before its side effect begins.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Transition {
+    Start,
+    /// The monitor's process exists.
+    Spawned(MonitorIdentity),
+    Run,
+    Stop,
+    Stopped,
+    Fail(Failure),
+}
+
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+#[error("a sandbox that is {from} cannot {transition}; this is a bug in soulboxd, please report it")]
+pub struct IllegalTransition {
+    pub from: State,
+    pub transition: &'static str,
+}
+
+// === impl State ===
+
+impl State {
+    #[cfg(test)]
+    pub(crate) const ALL: [Self; 6] = [
+        Self::Pending,
+        Self::Starting,
+        Self::Running,
+        Self::Stopping,
+        Self::Stopped,
+        Self::Failed,
+    ];
+
+    /// The state to which `transition` leads from this one.
+    pub fn after(self, transition: &Transition) -> Result<Self, IllegalTransition> {
+        use State::{Failed, Pending, Running, Starting, Stopped, Stopping};
+        match (self, transition) {
+            (Pending, Transition::Start) | (Starting, Transition::Spawned(_)) => Ok(Starting),
+            (Starting, Transition::Run) => Ok(Running),
+            (Pending | Starting | Running, Transition::Fail(_)) => Ok(Failed),
+            (Pending | Starting | Running | Stopping | Failed, Transition::Stop) => Ok(Stopping),
+            (Stopping, Transition::Stopped) => Ok(Stopped),
+            _ => Err(IllegalTransition {
+                from: self,
+                transition: transition.name(),
+            }),
+        }
+    }
+
+    /// Whether a sandbox in this state takes vCPUs, memory and disk.
+    pub fn holds_resources(self) -> bool {
+        !matches!(self, Self::Stopped | Self::Failed)
+    }
+
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Pending => "pending",
+            Self::Starting => "starting",
+            Self::Running => "running",
+            Self::Stopping => "stopping",
+            Self::Stopped => "stopped",
+            Self::Failed => "failed",
+        }
+    }
+}
+
+impl fmt::Display for State {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
+// === impl Transition ===
+
+impl Transition {
+    fn name(&self) -> &'static str {
+        match self {
+            Self::Start => "start",
+            Self::Spawned(_) => "have its monitor started",
+            Self::Run => "run",
+            Self::Stop => "begin to stop",
+            Self::Stopped => "end its stop",
+            Self::Fail(_) => "fail",
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::record::tests::sample;
+
+    fn transition() -> impl Strategy<Value = Transition> {
+        prop_oneof![
+            Just(Transition::Start),
+            (1..100_i32).prop_map(|pid| Transition::Spawned(MonitorIdentity {
+                pid,
+                start_time_ticks: 1
+            })),
+            Just(Transition::Run),
+            Just(Transition::Stop),
+            Just(Transition::Stopped),
+            Just(Transition::Fail(Failure {
+                reason: "TEST".to_owned(),
+                message: String::new(),
+                console_tail: String::new(),
+            })),
+        ]
+    }
+
+    proptest! {
+        /// However transitions come, a record keeps its invariants, and a
+        /// refused one leaves it as it was.
+        #[test]
+        fn records_keep_their_invariants(steps in prop::collection::vec(transition(), 0..40)) {
+            let mut record = sample(State::Pending);
+            let mut was_stopped = false;
+            for step in steps {
+                let Ok(next) = record.apply(step.clone()) else { continue };
+                prop_assert!(!was_stopped, "nothing follows stopped");
+                if next.state == State::Running {
+                    prop_assert_eq!(record.state, State::Starting);
+                }
+                if let Transition::Fail(_) = step {
+                    prop_assert!(next.failure.is_some() && !next.state.holds_resources());
+                }
+                prop_assert!(next.state != State::Failed || next.failure.is_some());
+                prop_assert!(next.state.holds_resources() || next.monitor.is_none());
+                was_stopped = next.state == State::Stopped;
+                record = next;
+            }
+        }
+
+        /// From anywhere but the end, `Stop` then `Stopped` ends it.
+        #[test]
+        fn every_state_can_be_stopped(index in 0..State::ALL.len()) {
+            let state = State::ALL[index];
+            let stopped = sample(state).apply(Transition::Stop).and_then(|record| record.apply(Transition::Stopped));
+            prop_assert_eq!(stopped.is_ok(), state != State::Stopped);
+        }
+    }
+}

@@ -1,0 +1,278 @@
+//! The task that owns one sandbox, from its admission to its last trace.
+//!
+//! Nobody else writes its record or touches its monitor, so its steps need no
+//! locks. How it starts is in `start`, how it goes in `stop`.
+
+use std::sync::Arc;
+
+use tokio::sync::{mpsc, oneshot};
+
+use super::create::Created;
+use super::error::{CreateError, DeleteError, StartError};
+use super::files::SandboxFiles;
+use super::machine::{Machine, failure};
+use super::pool::Pool;
+use super::registry::Live;
+use super::requests::Claimed;
+use crate::admission::Reservation;
+use crate::guest::Guest;
+use crate::record::{Failure, Reply, SandboxRecord, State, Transition};
+use crate::status::Refusal;
+use crate::store::Change;
+use crate::template::OpenTemplate;
+use crate::time::Stopwatch;
+
+/// Deletes that may wait for an actor that is busy; more wait to be queued.
+pub(super) const MAX_COMMANDS: usize = 16;
+
+#[derive(Debug)]
+pub(super) enum Command {
+    Delete {
+        /// Skip the guest's clean stop.
+        force: bool,
+        done: oneshot::Sender<Result<(), DeleteError>>,
+    },
+}
+
+pub(super) struct Actor {
+    pub(super) pool: Arc<Pool>,
+    pub(super) record: SandboxRecord,
+    pub(super) files: SandboxFiles,
+    /// Held while anything of the sandbox but its record exists.
+    pub(super) reservation: Option<Reservation>,
+    pub(super) machine: Option<Machine>,
+    pub(super) guest: Option<Guest>,
+}
+
+/// A `CreateSandbox` call that waits for its sandbox.
+pub(super) struct Caller {
+    pub(super) claimed: Option<Claimed>,
+    pub(super) done: oneshot::Sender<Result<Created, Refusal>>,
+}
+
+// === impl Actor ===
+
+impl Actor {
+    pub(super) fn new(pool: &Arc<Pool>, record: SandboxRecord) -> Self {
+        Self {
+            files: SandboxFiles::new(&pool.config.paths, &record.id),
+            pool: Arc::clone(pool),
+            record,
+            reservation: None,
+            machine: None,
+            guest: None,
+        }
+    }
+
+    /// The life of a new sandbox.
+    pub(super) async fn run_new(
+        mut self,
+        template: OpenTemplate,
+        mut watch: Stopwatch,
+        mut caller: Caller,
+        mut commands: mpsc::Receiver<Command>,
+    ) {
+        let mut deletes = Vec::new();
+        let stopping = self.pool.stopping.clone();
+        // Someone who gave a request_id can ask again and find the sandbox;
+        // anybody else could never name it.
+        let must_stay = caller.claimed.is_none();
+        let started = {
+            let claimed = caller.claimed.as_ref();
+            tokio::select! {
+                started = self.start(template, claimed, &mut watch) => started,
+                Some(command) = commands.recv() => {
+                    deletes.push(command);
+                    Err(StartError::Deleted)
+                }
+                () = caller.done.closed(), if must_stay => Err(StartError::CallerGone),
+                () = stopping.cancelled() => Err(StartError::Stopping),
+            }
+        };
+        let started = match started {
+            Ok(()) => self.announce(&mut caller, watch).await,
+            Err(error) => Err(error),
+        };
+        match started {
+            Ok(created) => {
+                if caller.done.send(Ok(created)).is_err() && must_stay {
+                    tracing::info!(sandbox = %self.record.id, "the caller went away as its sandbox was ready; deleting it");
+                    self.stop(Vec::new(), commands).await;
+                    return;
+                }
+                self.serve(commands).await;
+            }
+            Err(error) => self.undo(error, caller, deletes, commands).await,
+        }
+    }
+
+    /// The life of a sandbox that an earlier daemon left behind: running when
+    /// it has a machine, else failed.
+    pub(super) async fn run_adopted(self, mut commands: mpsc::Receiver<Command>) {
+        if self.machine.is_some() {
+            self.serve(commands).await;
+        } else {
+            self.await_delete(&mut commands).await;
+        }
+    }
+
+    /// Stores that it runs, with the reply for repeated requests, and shows it.
+    async fn announce(
+        &mut self,
+        caller: &mut Caller,
+        watch: Stopwatch,
+    ) -> Result<Created, StartError> {
+        let record = self.record.apply(Transition::Run)?;
+        let created = Created {
+            record: record.clone(),
+            stages: watch.finish(),
+        };
+        let reply = Reply::from(created.clone());
+        let mut changes = vec![Change::PutSandbox(record.clone())];
+        if let Some(claimed) = &caller.claimed {
+            changes.extend(claimed.prepare_answer(&reply));
+        }
+        self.pool.store.commit(changes).await?;
+        self.record = record;
+        self.publish();
+        if let Some(claimed) = caller.claimed.take() {
+            claimed.answer(reply);
+        }
+        tracing::info!(sandbox = %self.record.id, template = self.record.template, "running");
+        Ok(created)
+    }
+
+    /// While it runs.
+    async fn serve(mut self, mut commands: mpsc::Receiver<Command>) {
+        let leave = self.pool.leaving.clone();
+        let expiry = self.expiry();
+        tokio::pin!(expiry);
+        let Some(machine) = self.machine.as_mut() else {
+            return;
+        };
+        tokio::select! {
+            command = commands.recv() => self.stop(command.into_iter().collect(), commands).await,
+            () = &mut expiry => {
+                tracing::info!(sandbox = %self.record.id, "its time to live is over; deleting it");
+                self.stop(Vec::new(), commands).await;
+            }
+            () = machine.ended() => self.fail(commands).await,
+            // The monitor runs on, for the next daemon to adopt.
+            () = leave.cancelled() => {}
+        }
+    }
+
+    /// Its machine has ended by itself: records why, frees what it held, and
+    /// keeps the record until somebody has seen it.
+    async fn fail(mut self, mut commands: mpsc::Receiver<Command>) {
+        let why = self.bury().await;
+        tracing::warn!(sandbox = %self.record.id, reason = why.reason, message = why.message, "failed");
+        self.guest = None;
+        if let Err(error) = self.transition(Transition::Fail(why)).await {
+            // Callers must learn of it even when the disk is full.
+            tracing::error!(sandbox = %self.record.id, %error, "the failure is not on disk");
+            self.publish();
+        }
+        if let Err(error) = self.files.remove() {
+            tracing::error!(sandbox = %self.record.id, %error, "files are left over");
+        }
+        self.reservation = None;
+        self.await_delete(&mut commands).await;
+    }
+
+    /// With nothing left but its record.
+    async fn await_delete(mut self, commands: &mut mpsc::Receiver<Command>) {
+        let leave = self.pool.leaving.clone();
+        let deletes = tokio::select! {
+            command = commands.recv() => command.into_iter().collect(),
+            () = self.expiry() => Vec::new(),
+            () = leave.cancelled() => return,
+        };
+        let (_closed, none) = mpsc::channel(1);
+        let commands = std::mem::replace(commands, none);
+        self.machine = None;
+        self.stop(deletes, commands).await;
+    }
+
+    /// Waits for the machine's last word and its end.
+    pub(super) async fn bury(&mut self) -> Failure {
+        match self.machine.take() {
+            Some(mut machine) => {
+                let observed = machine.bury().await;
+                failure(&observed, self.files.last_log_line())
+            }
+            None => Failure::new("MONITOR_DIED", "the monitor is gone"),
+        }
+    }
+
+    /// Stores a step and shows it.
+    pub(super) async fn transition(&mut self, step: Transition) -> Result<(), StartError> {
+        let next = self.record.apply(step)?;
+        self.record = next;
+        self.pool
+            .store
+            .commit(vec![Change::PutSandbox(self.record.clone())])
+            .await?;
+        self.publish();
+        Ok(())
+    }
+
+    pub(super) fn publish(&self) {
+        let live = match (&self.record.state, &self.guest, &self.machine) {
+            (State::Running, Some(guest), Some(machine)) => Some(Arc::new(Live {
+                guest: guest.clone(),
+                control: Arc::clone(&machine.control),
+                monitor: machine.process.identity(),
+            })),
+            _ => None,
+        };
+        self.pool.registry.publish(&self.record, live);
+    }
+
+    /// A create that failed: everything is taken down again, and the call and
+    /// its repetitions are told why.
+    async fn undo(
+        mut self,
+        error: StartError,
+        mut caller: Caller,
+        deletes: Vec<Command>,
+        commands: mpsc::Receiver<Command>,
+    ) {
+        tracing::warn!(sandbox = %self.record.id, %error, "not started");
+        let refusal = Refusal::from(&CreateError::from(error));
+        let reply = Reply::Refused(refusal.clone());
+        // The reply is stored when the sandbox's removal is.
+        if let Some(claimed) = &caller.claimed {
+            let _ = claimed.prepare_answer(&reply);
+        }
+        self.guest = None;
+        self.stop(deletes, commands).await;
+        if let Some(claimed) = caller.claimed.take() {
+            claimed.answer(reply);
+        }
+        // The caller may be gone, which may even be the reason.
+        let _ = caller.done.send(Err(refusal));
+    }
+
+    fn expiry(&self) -> impl Future<Output = ()> + use<> {
+        let expires_at = self.record.expires_at;
+        async move {
+            match expires_at {
+                Some(at) => sleep_until_wall(at).await,
+                None => std::future::pending().await,
+            }
+        }
+    }
+}
+
+/// Sleeps until the host's clock shows `at`, also when that is set meanwhile.
+async fn sleep_until_wall(at: crate::time::UnixMillis) {
+    const LOOK_AGAIN: std::time::Duration = std::time::Duration::from_secs(60);
+    loop {
+        let left = at.from_now();
+        if left.is_zero() {
+            return;
+        }
+        tokio::time::sleep(left.min(LOOK_AGAIN)).await;
+    }
+}

@@ -1,0 +1,209 @@
+//! All sandboxes of this host.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use tokio::sync::{oneshot, watch};
+use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use super::actor::Command;
+use super::error::{DeleteError, UseError};
+use super::files::{sandboxes_dir, sockets_dir};
+use super::reconcile::{self, Summary};
+use super::registry::{Registry, Subscription, View};
+use super::requests::Requests;
+use crate::admission::{Admission, Amounts};
+use crate::config::Config;
+use crate::id::SandboxId;
+use crate::kvm::KvmDevice;
+use crate::record::SandboxRecord;
+use crate::store::{OpenError, Store};
+use crate::template::{TemplateSummary, Templates};
+
+/// How often replies that are due are forgotten.
+const FORGET_EVERY: Duration = Duration::from_secs(60);
+
+#[derive(Debug, thiserror::Error)]
+pub enum OpenPoolError {
+    #[error("{} cannot be made; see the permissions of the folder it lies in", .path.display())]
+    Folder {
+        path: PathBuf,
+        source: std::io::Error,
+    },
+    #[error(transparent)]
+    Store(#[from] OpenError),
+}
+
+/// Makes, finds and removes sandboxes.
+#[derive(Debug)]
+pub struct Pool {
+    pub(super) config: Config,
+    pub(super) monitor_binary: PathBuf,
+    pub(super) store: Store,
+    pub(super) admission: Arc<Admission>,
+    pub(super) kvm: KvmDevice,
+    pub(super) templates: Templates,
+    pub(super) registry: Registry,
+    pub(super) requests: Requests,
+    pub(super) actors: TaskTracker,
+    /// Sandboxes that are starting are to be taken down.
+    pub(super) stopping: CancellationToken,
+    /// Actors are to end, and leave their sandboxes as they are.
+    pub(super) leaving: CancellationToken,
+    draining: AtomicBool,
+}
+
+// === impl Pool ===
+
+impl Pool {
+    /// Opens the records, and brings what an earlier daemon left into a known
+    /// state before anybody can ask for it.
+    pub async fn open(
+        config: Config,
+        monitor_binary: PathBuf,
+        capacity: Amounts,
+    ) -> Result<(Arc<Self>, Summary), OpenPoolError> {
+        for path in [sandboxes_dir(&config.paths), sockets_dir(&config.paths)] {
+            std::fs::create_dir_all(&path)
+                .map_err(|source| OpenPoolError::Folder { path, source })?;
+        }
+        let (store, loaded) = Store::open(&config.paths.state_dir.join("state.redb"))?;
+        let pool = Arc::new(Self {
+            admission: Admission::new(capacity),
+            kvm: KvmDevice::new(&config.paths.kvm),
+            templates: Templates::new(&config.paths.template_dir),
+            registry: Registry::new(),
+            requests: Requests::load(loaded.requests),
+            actors: TaskTracker::new(),
+            stopping: CancellationToken::new(),
+            leaving: CancellationToken::new(),
+            draining: AtomicBool::new(false),
+            config,
+            monitor_binary,
+            store,
+        });
+        let summary = reconcile::reconcile(&pool, loaded.sandboxes).await;
+        pool.actors.spawn(Arc::clone(&pool).forget_requests());
+        Ok((pool, summary))
+    }
+
+    pub fn config(&self) -> &Config {
+        &self.config
+    }
+
+    pub fn admission(&self) -> &Admission {
+        &self.admission
+    }
+
+    pub fn kvm(&self) -> &KvmDevice {
+        &self.kvm
+    }
+
+    pub fn templates(&self) -> Vec<TemplateSummary> {
+        self.templates.list()
+    }
+
+    pub fn len(&self) -> usize {
+        self.registry.len()
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// A sandbox and its changes.
+    pub fn view(&self, id: &SandboxId) -> Result<watch::Receiver<View>, UseError> {
+        self.registry
+            .view(id)
+            .ok_or_else(|| UseError::NotFound(id.to_string()))
+    }
+
+    pub fn list(
+        &self,
+        after: u64,
+        limit: usize,
+        filter: impl Fn(&SandboxRecord) -> bool,
+    ) -> Vec<SandboxRecord> {
+        self.registry.list(after, limit, filter)
+    }
+
+    pub fn subscribe(&self) -> Subscription {
+        self.registry.subscribe()
+    }
+
+    /// Bytes that the sandbox's disk layer holds.
+    pub fn disk_used_bytes(&self, id: &SandboxId) -> u64 {
+        super::files::SandboxFiles::new(&self.config.paths, id).layer_allocated_bytes()
+    }
+
+    /// Returns when nothing of the sandbox is left. That it is gone already is
+    /// fine.
+    pub async fn delete(&self, id: &SandboxId, force: bool) -> Result<(), DeleteError> {
+        let Some(commands) = self.registry.commands(id) else {
+            return Ok(());
+        };
+        let (done, outcome) = oneshot::channel();
+        let sent = commands.send(Command::Delete { force, done }).await;
+        drop(commands);
+        match (sent, outcome.await) {
+            (Ok(()), Ok(outcome)) => outcome,
+            // Its actor has ended: because it is gone, or because we are going.
+            _ if self.registry.view(id).is_none() => Ok(()),
+            _ => Err(DeleteError::Stopping),
+        }
+    }
+
+    /// From now on creates are refused.
+    pub fn drain(&self) {
+        self.draining.store(true, Ordering::Relaxed);
+    }
+
+    pub fn is_draining(&self) -> bool {
+        self.draining.load(Ordering::Relaxed)
+    }
+
+    /// Ends every actor. Sandboxes that run stay for the next daemon, those
+    /// that start are taken down.
+    pub async fn leave(&self) {
+        self.drain();
+        self.stopping.cancel();
+        self.leaving.cancel();
+        self.actors.close();
+        self.actors.wait().await;
+    }
+
+    /// Deletes every sandbox, then ends as [`Self::leave`] does.
+    pub async fn stop_all(self: &Arc<Self>) {
+        self.drain();
+        self.stopping.cancel();
+        let mut deletes = JoinSet::new();
+        for id in self.registry.ids() {
+            let pool = Arc::clone(self);
+            deletes.spawn(async move {
+                if let Err(error) = pool.delete(&id, false).await {
+                    tracing::error!(sandbox = %id, %error, "not deleted");
+                }
+            });
+        }
+        deletes.join_all().await;
+        self.leave().await;
+    }
+
+    async fn forget_requests(self: Arc<Self>) {
+        let leaving = self.leaving.clone();
+        let mut ticks = tokio::time::interval(FORGET_EVERY);
+        while leaving.run_until_cancelled(ticks.tick()).await.is_some() {
+            let due = self.requests.forget_due();
+            if due.is_empty() {
+                continue;
+            }
+            if let Err(error) = self.store.commit(due).await {
+                tracing::warn!(%error, "old replies stay on disk");
+            }
+        }
+    }
+}

@@ -1,0 +1,337 @@
+//! What a request asks for, checked as far as that goes without looking at the
+//! host.
+
+use std::collections::{BTreeMap, HashMap};
+use std::time::Duration;
+
+use serde::Serialize;
+use soulbox_proto::host::v1 as proto;
+
+use super::error::CreateError;
+use super::{MAX_VCPUS, MIN_MEMORY_MIB};
+use crate::admission::Amounts;
+use crate::config::{Defaults, Limits};
+use crate::record::Resources;
+use crate::status::FieldViolation;
+use crate::template::Manifest;
+
+const MAX_REQUEST_ID_BYTES: usize = 128;
+const MAX_LABELS: usize = 64;
+const MAX_LABEL_KEY_BYTES: usize = 63;
+const MAX_LABEL_VALUE_BYTES: usize = 255;
+
+/// A request whose fields are well-formed. Zeros and absent fields stand for
+/// defaults, as they were sent: two requests are the same when these are.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct CreateSpec {
+    #[serde(skip)]
+    pub request_id: Option<String>,
+    pub template: String,
+    /// None: the node's default.
+    pub vcpus: Option<u32>,
+    pub memory_mib: Option<u32>,
+    pub disk_mib: Option<u32>,
+    pub ttl: Option<Duration>,
+    pub labels: BTreeMap<String, String>,
+}
+
+/// Collects what is wrong with a request.
+#[derive(Debug, Default)]
+struct Violations(Vec<FieldViolation>);
+
+// === impl CreateSpec ===
+
+impl CreateSpec {
+    /// Checks `request` alone. A vCPU count or memory size that is given must
+    /// be in the monitor's range.
+    pub fn parse(request: proto::CreateSandboxRequest) -> Result<Self, CreateError> {
+        let mut violations = Violations::default();
+        if request.request_id.len() > MAX_REQUEST_ID_BYTES {
+            violations.add(
+                "request_id",
+                format!("has {} bytes; give at most {MAX_REQUEST_ID_BYTES}", request.request_id.len()),
+            );
+        }
+        let resources = request.resources.unwrap_or_default();
+        if resources.vcpus > MAX_VCPUS {
+            violations.add(
+                "resources.vcpus",
+                format!("is {}; give 1 to {MAX_VCPUS}", resources.vcpus),
+            );
+        }
+        if resources.memory_mib != 0 && resources.memory_mib < MIN_MEMORY_MIB {
+            violations.add(
+                "resources.memory_mib",
+                format!("is {}; give at least {MIN_MEMORY_MIB}", resources.memory_mib),
+            );
+        }
+        let ttl = request.ttl.and_then(|ttl| match Duration::try_from(ttl) {
+            Ok(ttl) if ttl.is_zero() => {
+                violations.add("ttl", "is zero; leave it out for the node's default".to_owned());
+                None
+            }
+            Ok(ttl) => Some(ttl),
+            Err(_) => {
+                violations.add("ttl", "is negative; give a positive duration".to_owned());
+                None
+            }
+        });
+        let labels = check_labels(request.labels, &mut violations);
+        violations.into_result()?;
+        Ok(Self {
+            request_id: Some(request.request_id).filter(|id| !id.is_empty()),
+            template: request.template,
+            vcpus: non_zero(resources.vcpus),
+            memory_mib: non_zero(resources.memory_mib),
+            disk_mib: non_zero(resources.disk_mib),
+            ttl,
+            labels,
+        })
+    }
+
+    /// Fills in the defaults and checks the result against the template and
+    /// what this node has in all.
+    pub(super) fn resolve(
+        &self,
+        defaults: &Defaults,
+        manifest: &Manifest,
+        capacity: Amounts,
+        max_vcpus: u32,
+    ) -> Result<Resources, CreateError> {
+        let rootfs_mib = u32::try_from(manifest.rootfs_mib()).unwrap_or(u32::MAX);
+        let resources = Resources {
+            vcpus: self.vcpus.unwrap_or(defaults.vcpus),
+            memory_mib: self.memory_mib.unwrap_or(defaults.memory_mib),
+            disk_mib: self.disk_mib.unwrap_or(defaults.disk_mib.max(rootfs_mib)),
+        };
+        let mut violations = Violations::default();
+        if resources.disk_mib < rootfs_mib {
+            violations.add(
+                "resources.disk_mib",
+                format!(
+                    "is {}, less than the template's root disk; give at least {rootfs_mib}",
+                    resources.disk_mib
+                ),
+            );
+        }
+        let vcpus = capacity.vcpus.min(max_vcpus.into());
+        for (field, asked, most) in [
+            ("resources.vcpus", resources.vcpus, vcpus),
+            ("resources.memory_mib", resources.memory_mib, capacity.memory_mib),
+            ("resources.disk_mib", resources.disk_mib, capacity.disk_mib),
+        ] {
+            if u64::from(asked) > most {
+                violations.add(
+                    field,
+                    format!("is {asked}, more than this node has in all; give at most {most}"),
+                );
+            }
+        }
+        violations.into_result()?;
+        Ok(resources)
+    }
+
+    /// How long the sandbox lives; none for no end.
+    pub(super) fn resolve_ttl(
+        &self,
+        defaults: &Defaults,
+        limits: &Limits,
+    ) -> Result<Option<Duration>, CreateError> {
+        let seconds = |value: u64| (value != 0).then(|| Duration::from_secs(value));
+        let most = seconds(limits.max_ttl_seconds);
+        if let (Some(asked), Some(most)) = (self.ttl, most)
+            && asked > most
+        {
+            let mut violations = Violations::default();
+            violations.add(
+                "ttl",
+                format!("is {} s; this node allows at most {} s", asked.as_secs(), most.as_secs()),
+            );
+            violations.into_result()?;
+        }
+        Ok(self.ttl.or(seconds(defaults.ttl_seconds)).or(most))
+    }
+
+    /// What is compared to tell a repeated request from another one.
+    pub(super) fn body(&self) -> serde_json::Value {
+        serde_json::json!(self)
+    }
+}
+
+// === impl Violations ===
+
+impl Violations {
+    fn add(&mut self, field: &str, description: String) {
+        self.0.push(FieldViolation {
+            field: field.to_owned(),
+            description,
+        });
+    }
+
+    fn into_result(self) -> Result<(), CreateError> {
+        if self.0.is_empty() {
+            Ok(())
+        } else {
+            Err(CreateError::Invalid(self.0))
+        }
+    }
+}
+
+fn check_labels(
+    labels: HashMap<String, String>,
+    violations: &mut Violations,
+) -> BTreeMap<String, String> {
+    if labels.len() > MAX_LABELS {
+        violations.add(
+            "labels",
+            format!("has {} entries; give at most {MAX_LABELS}", labels.len()),
+        );
+        return BTreeMap::new();
+    }
+    for (key, value) in &labels {
+        let allowed = |byte: u8| {
+            byte.is_ascii_lowercase() || byte.is_ascii_digit() || b"._/-".contains(&byte)
+        };
+        if key.is_empty() || key.len() > MAX_LABEL_KEY_BYTES || !key.bytes().all(allowed) {
+            let key: String = key.chars().take(MAX_LABEL_KEY_BYTES).collect();
+            violations.add(
+                "labels",
+                format!("has the key {key:?}; give 1 to {MAX_LABEL_KEY_BYTES} bytes of [a-z0-9._/-]"),
+            );
+        }
+        if value.len() > MAX_LABEL_VALUE_BYTES {
+            violations.add(
+                "labels",
+                format!("has a value of {} bytes; give at most {MAX_LABEL_VALUE_BYTES}", value.len()),
+            );
+        }
+    }
+    labels.into_iter().collect()
+}
+
+fn non_zero(value: u32) -> Option<u32> {
+    (value != 0).then_some(value)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::template::{FileEntry, RootfsEntry};
+
+    fn request() -> proto::CreateSandboxRequest {
+        proto::CreateSandboxRequest::default()
+    }
+
+    fn fields<T: std::fmt::Debug>(result: Result<T, CreateError>) -> Vec<String> {
+        match result {
+            Err(CreateError::Invalid(violations)) => violations
+                .into_iter()
+                .map(|violation| violation.field)
+                .collect(),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    fn manifest() -> Manifest {
+        Manifest {
+            name: "base".to_owned(),
+            description: String::new(),
+            architecture: "x86_64".to_owned(),
+            kernel: FileEntry {
+                file: "vmlinux".to_owned(),
+                size_bytes: 1,
+                sha256: String::new(),
+            },
+            rootfs: RootfsEntry {
+                file: "rootfs.ext4".to_owned(),
+                size_bytes: 300 << 20,
+                sha256: String::new(),
+                filesystem: "ext4".to_owned(),
+            },
+            agent_version: "0.1.0".to_owned(),
+        }
+    }
+
+    #[test]
+    fn each_bad_field_is_named() {
+        let resources = |vcpus, memory_mib| {
+            Some(proto::Resources {
+                vcpus,
+                memory_mib,
+                disk_mib: 0,
+            })
+        };
+        let label = |key: &str, value: &str| HashMap::from([(key.to_owned(), value.to_owned())]);
+        let ttl = |seconds| Some(prost_types::Duration { seconds, nanos: 0 });
+        let many = (0..65).map(|index| (format!("k{index}"), String::new())).collect();
+        let cases = [
+            ("request_id", proto::CreateSandboxRequest { request_id: "x".repeat(129), ..request() }),
+            ("resources.vcpus", proto::CreateSandboxRequest { resources: resources(33, 0), ..request() }),
+            ("resources.memory_mib", proto::CreateSandboxRequest { resources: resources(1, 127), ..request() }),
+            ("ttl", proto::CreateSandboxRequest { ttl: ttl(0), ..request() }),
+            ("ttl", proto::CreateSandboxRequest { ttl: ttl(-1), ..request() }),
+            ("labels", proto::CreateSandboxRequest { labels: label("", ""), ..request() }),
+            ("labels", proto::CreateSandboxRequest { labels: label("Upper", ""), ..request() }),
+            ("labels", proto::CreateSandboxRequest { labels: label(&"k".repeat(64), ""), ..request() }),
+            ("labels", proto::CreateSandboxRequest { labels: label("k", &"v".repeat(256)), ..request() }),
+            ("labels", proto::CreateSandboxRequest { labels: many, ..request() }),
+        ];
+        for (field, request) in cases {
+            assert_eq!(fields(CreateSpec::parse(request)), [field]);
+        }
+    }
+
+    #[test]
+    fn defaults_fill_in_and_the_node_bounds() {
+        let capacity = Amounts { vcpus: 8, memory_mib: 1024, disk_mib: 1000 };
+        let resolve = |vcpus, memory_mib, disk_mib, max_vcpus| {
+            let spec = CreateSpec::parse(proto::CreateSandboxRequest {
+                resources: Some(proto::Resources { vcpus, memory_mib, disk_mib }),
+                ..request()
+            })
+            .unwrap();
+            spec.resolve(&Defaults::default(), &manifest(), capacity, max_vcpus)
+        };
+        let defaults = Resources { vcpus: 1, memory_mib: 512, disk_mib: 300 };
+        assert_eq!(resolve(0, 0, 0, 32).unwrap(), defaults);
+        assert_eq!(fields(resolve(8, 0, 0, 4)), ["resources.vcpus"]);
+        assert_eq!(fields(resolve(9, 1025, 1001, 32)), [
+            "resources.vcpus",
+            "resources.memory_mib",
+            "resources.disk_mib"
+        ]);
+        assert_eq!(fields(resolve(0, 0, 299, 32)), ["resources.disk_mib"]);
+    }
+
+    #[test]
+    fn the_longest_life_bounds_all() {
+        let limits = Limits { max_ttl_seconds: 60 };
+        let spec = |seconds: Option<i64>| {
+            CreateSpec::parse(proto::CreateSandboxRequest {
+                ttl: seconds.map(|seconds| prost_types::Duration { seconds, nanos: 0 }),
+                ..request()
+            })
+            .unwrap()
+        };
+        let defaults = Defaults::default();
+        let ttl = |seconds, limits: &Limits| spec(seconds).resolve_ttl(&defaults, limits);
+        assert_eq!(ttl(None, &Limits::default()).unwrap(), None);
+        assert_eq!(ttl(None, &limits).unwrap(), Some(Duration::from_secs(60)));
+        assert_eq!(ttl(Some(5), &limits).unwrap(), Some(Duration::from_secs(5)));
+        assert_eq!(fields(ttl(Some(61), &limits)), ["ttl"]);
+    }
+
+    #[test]
+    fn the_body_ignores_the_id_and_the_order_of_labels() {
+        let labels: HashMap<String, String> = (0..20).map(|n| (format!("k{n}"), n.to_string())).collect();
+        let body = |request_id: &str| {
+            let request = proto::CreateSandboxRequest {
+                request_id: request_id.to_owned(),
+                labels: labels.clone().into_iter().collect(),
+                ..request()
+            };
+            CreateSpec::parse(request).unwrap().body()
+        };
+        assert_eq!(body("a"), body("b"));
+    }
+}

@@ -1,0 +1,217 @@
+//! From an admitted record to a guest that has run a program.
+
+use std::os::fd::{AsFd as _, BorrowedFd};
+use std::time::Duration;
+
+use soulbox_proto::vmm::v1::{self as proto, reply, request};
+use tokio::time::timeout;
+use tonic::Status;
+
+use super::actor::Actor;
+use super::error::StartError;
+use super::files::BootFiles;
+use super::machine::{Machine, console_text, failure};
+use super::requests::Claimed;
+use crate::guest::Guest;
+use crate::kvm::UsableKvm;
+use crate::monitor::RequestError;
+use crate::record::{Resources, Transition};
+use crate::store::Change;
+use crate::template::OpenTemplate;
+use crate::time::Stopwatch;
+
+/// No PCI and no legacy devices; a panic ends the guest at once, and whatever
+/// ends it goes through ACPI, where the monitor sees it.
+const KERNEL_CMDLINE: &str = "console=ttyS0 root=/dev/vda rootfstype=ext4 rw init=/sbin/init \
+     panic=-1 reboot=acpi quiet loglevel=4 8250.nr_uarts=1 pci=off random.trust_cpu=on";
+
+/// Every monitor has a vsock of its own, so all guests can be the first.
+const GUEST_CID: u32 = 3;
+
+/// How long a monitor that serves nothing else may take to tell its console.
+const CONSOLE: Duration = Duration::from_millis(500);
+
+impl Actor {
+    /// On an error, or when this is dropped, what exists of the sandbox is in
+    /// `self`, for [`Actor::stop`] to take down.
+    pub(super) async fn start(
+        &mut self,
+        template: OpenTemplate,
+        claimed: Option<&Claimed>,
+        watch: &mut Stopwatch,
+    ) -> Result<(), StartError> {
+        let mut changes = vec![Change::PutSandbox(self.record.clone())];
+        changes.extend(claimed.and_then(|claimed| claimed.admitted(&self.record.id)));
+        self.pool.store.commit(changes).await?;
+        self.publish();
+        self.transition(Transition::Start).await?;
+        watch.lap("admission");
+
+        let files = self.files.create(self.record.resources.memory_mib)?;
+        let log = files.log.try_clone().map_err(|source| StartError::Prepare {
+            what: "log",
+            source,
+        })?;
+        watch.lap("prepare");
+
+        // No await between the start and the note of it in `self`.
+        let (process, socket) = crate::monitor::spawn(&self.pool.monitor_binary, log)?;
+        let identity = process.identity();
+        self.machine = Some(Machine::new(process, socket));
+        self.transition(Transition::Spawned(identity)).await?;
+        watch.lap("spawn");
+
+        let timeout_ms = self.pool.config.timeouts.boot_ms;
+        let boot = self.boot(&template, files, watch);
+        match timeout(Duration::from_millis(timeout_ms), boot).await {
+            Ok(booted) => booted?,
+            Err(_) => {
+                return Err(StartError::BootTimeout {
+                    timeout_ms,
+                    console_tail: self.console_tail().await,
+                });
+            }
+        }
+        watch.lap("boot");
+
+        let guest = Guest::new(&self.files.vsock_socket());
+        let hostname = self.record.id.as_str().to_owned();
+        self.ask("take its name and the time", guest.configure(&hostname))
+            .await?;
+        watch.lap("configure");
+
+        self.ask("run /bin/true", guest.prove_exec()).await?;
+        watch.lap("first_exec");
+        self.guest = Some(guest);
+        Ok(())
+    }
+
+    /// Hands the monitor its machine and waits for the guest's ready-call.
+    async fn boot(
+        &mut self,
+        template: &OpenTemplate,
+        files: BootFiles,
+        watch: &mut Stopwatch,
+    ) -> Result<(), StartError> {
+        let kvm = self.pool.kvm.get().map_err(|error| StartError::Refused {
+            code: proto::error::Code::Kvm,
+            message: error.to_string(),
+        })?;
+        let (boot, fds) = boot_request(self.record.resources, template, &kvm, &files);
+        let Some(machine) = self.machine.as_mut() else {
+            return Err(StartError::Protocol);
+        };
+        let booted = match machine.control.request(request::Op::Boot(boot), &fds).await {
+            Ok(reply::Result::Booted(booted)) => booted,
+            Ok(_) => return Err(StartError::Protocol),
+            Err(RequestError::Refused(error)) => {
+                return Err(StartError::Refused {
+                    code: error.code(),
+                    message: error.message,
+                });
+            }
+            Err(RequestError::Closed | RequestError::Send(_)) => {
+                return Err(StartError::Ended(self.bury().await));
+            }
+        };
+        for stage in booted.stages {
+            let name = format!("boot.{}", stage.stage);
+            watch.push(&name, Duration::from_nanos(stage.duration_ns));
+        }
+        let Some(hello) = machine.ready().await else {
+            return Err(StartError::Ended(self.bury().await));
+        };
+        watch.push("boot.kernel", Duration::from_micros(hello.agent_started_us));
+        let agent_us = hello.agent_ready_us.saturating_sub(hello.agent_started_us);
+        watch.push("boot.agent", Duration::from_micros(agent_us));
+        Ok(())
+    }
+
+    /// One call to the agent, ended by the machine's end or the boot's limit.
+    async fn ask(
+        &mut self,
+        step: &'static str,
+        call: impl Future<Output = Result<(), Status>>,
+    ) -> Result<(), StartError> {
+        let Some(machine) = self.machine.as_mut() else {
+            return Err(StartError::Protocol);
+        };
+        let limit = self.pool.config.timeouts.boot();
+        let message = tokio::select! {
+            answered = timeout(limit, call) => match answered {
+                Ok(Ok(())) => return Ok(()),
+                Ok(Err(status)) => status.message().to_owned(),
+                Err(_) => format!("no answer within {} ms", limit.as_millis()),
+            },
+            () = machine.ended() => String::new(),
+        };
+        // A lost connection is more often the guest's end than the agent's.
+        if message.is_empty() || timeout(CONSOLE, machine.ended()).await.is_ok() {
+            let observed = machine.bury().await;
+            self.machine = None;
+            return Err(StartError::Ended(failure(
+                &observed,
+                self.files.last_log_line(),
+            )));
+        }
+        Err(StartError::Agent { step, message })
+    }
+
+    async fn console_tail(&self) -> String {
+        let Some(machine) = &self.machine else {
+            return String::new();
+        };
+        match timeout(CONSOLE, machine.control.metrics()).await {
+            Ok(Ok(metrics)) => console_text(&metrics.console_tail),
+            _ => String::new(),
+        }
+    }
+}
+
+fn boot_request<'fd>(
+    resources: Resources,
+    template: &'fd OpenTemplate,
+    kvm: &'fd UsableKvm,
+    files: &'fd BootFiles,
+) -> (proto::Boot, Vec<BorrowedFd<'fd>>) {
+    let mut fds = Vec::new();
+    let mut attach = |fd: BorrowedFd<'fd>| {
+        fds.push(fd);
+        u32::try_from(fds.len() - 1).unwrap_or(u32::MAX)
+    };
+    let boot = proto::Boot {
+        kvm_fd: attach(kvm.device.as_fd()),
+        memory_fd: attach(files.memory.as_fd()),
+        kernel_fd: attach(template.kernel.as_fd()),
+        console_fd: None,
+        control_listener_fd: Some(attach(files.control_listener.as_fd())),
+        machine: Some(proto::MachineConfig {
+            vcpu_count: resources.vcpus,
+            memory_mib: resources.memory_mib,
+            cmdline: KERNEL_CMDLINE.to_owned(),
+            block_devices: vec![proto::BlockDevice {
+                id: "root".to_owned(),
+                size_bytes: u64::from(resources.disk_mib) << 20,
+                base_fd: attach(template.rootfs.as_fd()),
+                layer_fd: Some(attach(files.layer.as_fd())),
+                rate_limit: None,
+            }],
+            vsock: Some(proto::VsockDevice {
+                guest_cid: GUEST_CID,
+                listener_fd: attach(files.vsock_listener.as_fd()),
+            }),
+        }),
+    };
+    (boot, fds)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_one_that_a_monitor_takes() {
+        assert!(KERNEL_CMDLINE.is_ascii() && KERNEL_CMDLINE.len() < 2048);
+        assert!(!KERNEL_CMDLINE.contains("  ") && !KERNEL_CMDLINE.contains('\n'));
+    }
+}

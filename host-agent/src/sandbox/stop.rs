@@ -1,0 +1,137 @@
+//! From any state to nothing left.
+
+use std::time::Duration;
+
+use tokio::sync::mpsc;
+use tokio::time::{Instant, timeout_at};
+
+use super::actor::{Actor, Command};
+use super::error::DeleteError;
+use crate::record::{State, Transition};
+use crate::store::Change;
+
+/// After how long a removal that failed is tried again unasked.
+const TRY_AGAIN: Duration = Duration::from_secs(30);
+
+impl Actor {
+    /// Takes the sandbox down and answers `deletes`, and every delete that
+    /// comes meanwhile. Returns when its record is gone, or when the daemon
+    /// leaves.
+    pub(super) async fn stop(
+        mut self,
+        mut deletes: Vec<Command>,
+        mut commands: mpsc::Receiver<Command>,
+    ) {
+        if self.record.state != State::Stopping
+            && let Err(error) = self.transition(Transition::Stop).await
+        {
+            // What follows can be done again from any state, so a full disk
+            // need not keep a guest alive.
+            tracing::warn!(sandbox = %self.record.id, %error, "the stop is not on disk");
+        }
+        let force = |deletes: &[Command]| {
+            deletes
+                .iter()
+                .any(|Command::Delete { force, .. }| *force)
+        };
+        if self.guest.is_some() && !force(&deletes) {
+            self.stop_cleanly(&mut deletes, &mut commands).await;
+        }
+        if let Some(mut machine) = self.machine.take() {
+            machine.stop().await;
+        }
+        let leave = self.pool.leaving.clone();
+        loop {
+            let removed = self.remove().await;
+            if let Err(error) = &removed {
+                tracing::error!(sandbox = %self.record.id, %error, "not removed");
+            }
+            answer(&mut deletes, &removed);
+            if removed.is_ok() {
+                break;
+            }
+            tokio::select! {
+                Some(command) = commands.recv() => deletes.push(command),
+                () = tokio::time::sleep(TRY_AGAIN) => {}
+                () = leave.cancelled() => return,
+            }
+        }
+        tracing::info!(sandbox = %self.record.id, "deleted");
+        // Nobody finds the sandbox any more, but some may have found it before.
+        commands.close();
+        while let Some(command) = commands.recv().await {
+            deletes.push(command);
+        }
+        answer(&mut deletes, &Ok(()));
+    }
+
+    /// Lets the guest stop its programs and unmount, until it has, its time is
+    /// over, or somebody has no patience.
+    async fn stop_cleanly(
+        &mut self,
+        deletes: &mut Vec<Command>,
+        commands: &mut mpsc::Receiver<Command>,
+    ) {
+        let (Some(guest), Some(machine)) = (self.guest.take(), self.machine.as_mut()) else {
+            return;
+        };
+        let deadline = Instant::now() + self.pool.config.timeouts.clean_stop();
+        let clean = async {
+            match timeout_at(deadline, guest.shutdown()).await {
+                // The power may go before the reply has come through.
+                Ok(_) => timeout_at(deadline, machine.ended()).await.is_ok(),
+                Err(_) => false,
+            }
+        };
+        tokio::pin!(clean);
+        let stopped = loop {
+            tokio::select! {
+                stopped = &mut clean => break stopped,
+                Some(command) = commands.recv() => {
+                    let Command::Delete { force, .. } = command;
+                    deletes.push(command);
+                    if force {
+                        break false;
+                    }
+                }
+            }
+        };
+        if !stopped {
+            tracing::debug!(sandbox = %self.record.id, "not stopped cleanly; stopping it by force");
+        }
+    }
+
+    /// Files first, the record last: whatever is interrupted can be found again.
+    async fn remove(&mut self) -> Result<(), DeleteError> {
+        self.files.remove().map_err(|error| DeleteError::Cleanup {
+            message: error.to_string(),
+        })?;
+        self.reservation = None;
+        let id = self.record.id.clone();
+        if let Ok(stopped) = self.record.apply(Transition::Stopped) {
+            // Stored only as the record's removal: one commit serves both.
+            self.record = stopped;
+            self.publish();
+        }
+        let mut changes = vec![Change::RemoveSandbox(id.clone())];
+        if let Some(request_id) = &self.record.request_id {
+            changes.extend(self.pool.requests.sandbox_gone(request_id));
+        }
+        self.pool
+            .store
+            .commit(changes)
+            .await
+            .map_err(|error| DeleteError::Store {
+                message: error.to_string(),
+            })?;
+        self.pool.registry.remove(&id);
+        Ok(())
+    }
+}
+
+fn answer(deletes: &mut Vec<Command>, outcome: &Result<(), DeleteError>) {
+    for Command::Delete { done, .. } in deletes.drain(..) {
+        // A caller that has gone away wanted it gone all the same.
+        let _ = done.send(outcome.clone());
+    }
+}

@@ -1,0 +1,84 @@
+//! Records as the protocol shows them.
+
+use soulbox_proto::host::v1 as proto;
+
+use crate::admission::Amounts;
+use crate::record::{Resources, SandboxRecord, State};
+use crate::sandbox::Created;
+use crate::template::TemplateSummary;
+
+pub(super) fn sandbox(record: &SandboxRecord) -> proto::Sandbox {
+    proto::Sandbox {
+        id: record.id.to_string(),
+        template: record.template.clone(),
+        state: state(record.state).into(),
+        resources: Some(resources(record.resources)),
+        labels: record.labels.clone().into_iter().collect(),
+        create_time: Some(record.created_at.into()),
+        expire_time: record.expires_at.map(Into::into),
+        failure: record.failure.as_ref().map(|failure| proto::Failure {
+            reason: failure.reason.clone(),
+            message: failure.message.clone(),
+            console_tail: failure.console_tail.clone(),
+        }),
+    }
+}
+
+pub(super) fn created(created: Created) -> proto::CreateSandboxResponse {
+    proto::CreateSandboxResponse {
+        sandbox: Some(sandbox(&created.record)),
+        stages: created
+            .stages
+            .into_iter()
+            .map(|stage| proto::StageTime {
+                stage: stage.name,
+                duration_us: stage.duration_us,
+            })
+            .collect(),
+    }
+}
+
+pub(super) fn amounts(amounts: Amounts) -> proto::Resources64 {
+    proto::Resources64 {
+        vcpus: amounts.vcpus,
+        memory_mib: amounts.memory_mib,
+        disk_mib: amounts.disk_mib,
+    }
+}
+
+pub(super) fn template(summary: TemplateSummary, default: &str) -> proto::Template {
+    let is_default = summary.name == default;
+    let problem = summary.problem.map(|problem| problem.to_string());
+    let mut template = proto::Template {
+        name: summary.name,
+        is_default,
+        problem: problem.unwrap_or_default(),
+        ..proto::Template::default()
+    };
+    if let Some(manifest) = summary.manifest {
+        template.description = manifest.description;
+        template.agent_version = manifest.agent_version;
+        template.kernel_size_bytes = manifest.kernel.size_bytes;
+        template.rootfs_size_bytes = manifest.rootfs.size_bytes;
+    }
+    template
+}
+
+fn resources(resources: Resources) -> proto::Resources {
+    proto::Resources {
+        vcpus: resources.vcpus,
+        memory_mib: resources.memory_mib,
+        disk_mib: resources.disk_mib,
+    }
+}
+
+fn state(state: State) -> proto::SandboxState {
+    match state {
+        State::Pending => proto::SandboxState::Pending,
+        State::Starting => proto::SandboxState::Starting,
+        State::Running => proto::SandboxState::Running,
+        State::Stopping => proto::SandboxState::Stopping,
+        State::Stopped => proto::SandboxState::Stopped,
+        State::Failed => proto::SandboxState::Failed,
+    }
+}

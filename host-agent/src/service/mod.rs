@@ -1,0 +1,10 @@
+//! gRPC: what travels in and out, and nothing that decides.
+
+mod convert;
+mod exec;
+mod node;
+mod sandboxes;
+mod watch;
+
+pub use node::NodeApi;
+pub use sandboxes::SandboxApi;

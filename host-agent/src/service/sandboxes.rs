@@ -1,0 +1,185 @@
+//! `soulbox.host.v1.SandboxService`.
+
+use std::pin::Pin;
+use std::sync::Arc;
+use std::time::Duration;
+
+use soulbox_proto::guest::v1::ExecResponse;
+use soulbox_proto::host::v1::sandbox_service_server::SandboxService;
+use soulbox_proto::host::v1::{self as proto};
+use tokio_stream::Stream;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+use tonic::{Request, Response, Status, Streaming};
+
+use super::{convert, exec, watch};
+use crate::id::SandboxId;
+use crate::sandbox::{CreateError, CreateSpec, Pool};
+use crate::status::{FieldViolation, status};
+
+const DEFAULT_PAGE_SIZE: u32 = 100;
+const MAX_PAGE_SIZE: u32 = 1000;
+/// How long a monitor may take to tell its metrics: without them the sandbox
+/// is still shown.
+const METRICS: Duration = Duration::from_secs(1);
+
+type Responses<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
+
+#[derive(Debug, Clone)]
+pub struct SandboxApi {
+    pool: Arc<Pool>,
+    /// Holds a token for every call that a drain waits for.
+    calls: TaskTracker,
+    /// Ends the calls that would never end by themselves.
+    stopping: CancellationToken,
+}
+
+// === impl SandboxApi ===
+
+impl SandboxApi {
+    pub fn new(pool: Arc<Pool>, calls: TaskTracker, stopping: CancellationToken) -> Self {
+        Self {
+            pool,
+            calls,
+            stopping,
+        }
+    }
+}
+
+#[tonic::async_trait]
+impl SandboxService for SandboxApi {
+    type ExecStream = Responses<ExecResponse>;
+    type WatchSandboxesStream = Responses<proto::WatchSandboxesResponse>;
+
+    async fn create_sandbox(
+        &self,
+        request: Request<proto::CreateSandboxRequest>,
+    ) -> Result<Response<proto::CreateSandboxResponse>, Status> {
+        let _call = self.calls.token();
+        let spec = CreateSpec::parse(request.into_inner()).map_err(|error| status(&error))?;
+        let created = self.pool.create(spec).await?;
+        Ok(Response::new(convert::created(created)))
+    }
+
+    async fn get_sandbox(
+        &self,
+        request: Request<proto::GetSandboxRequest>,
+    ) -> Result<Response<proto::GetSandboxResponse>, Status> {
+        let id = parse_id(&request.get_ref().id)?;
+        let view = self.pool.view(&id).map_err(|error| status(&error))?;
+        let (record, live) = {
+            let view = view.borrow();
+            (view.record.clone(), view.live.clone())
+        };
+        let usage = match live {
+            Some(live) => match tokio::time::timeout(METRICS, live.control.metrics()).await {
+                Ok(Ok(metrics)) => {
+                    let memory = metrics.memory.unwrap_or_default();
+                    Some(proto::Usage {
+                        guest_resident_bytes: memory.guest_resident_bytes,
+                        monitor_private_bytes: live.monitor_private_bytes(),
+                        disk_used_bytes: self.pool.disk_used_bytes(&id),
+                    })
+                }
+                // It is just ending, or hangs: its state will tell.
+                Ok(Err(_)) | Err(_) => None,
+            },
+            None => None,
+        };
+        Ok(Response::new(proto::GetSandboxResponse {
+            sandbox: Some(convert::sandbox(&record)),
+            usage,
+        }))
+    }
+
+    async fn list_sandboxes(
+        &self,
+        request: Request<proto::ListSandboxesRequest>,
+    ) -> Result<Response<proto::ListSandboxesResponse>, Status> {
+        let request = request.into_inner();
+        let limit = match request.page_size {
+            0 => DEFAULT_PAGE_SIZE,
+            size if size <= MAX_PAGE_SIZE => size,
+            size => {
+                let mend = format!("is {size}; give at most {MAX_PAGE_SIZE}");
+                return Err(invalid("page_size", mend));
+            }
+        };
+        let after = match request.page_token.as_str() {
+            "" => 0,
+            token => token.parse().map_err(|_| {
+                let mend = "is no token of this service; give a reply's next_page_token";
+                invalid("page_token", mend.to_owned())
+            })?,
+        };
+        let limit = usize::try_from(limit).unwrap_or(usize::MAX);
+        let mut records = self
+            .pool
+            .list(after, limit + 1, |record| record.matches(&request.labels));
+        let more = records.len() > limit;
+        records.truncate(limit);
+        let next = records.last().filter(|_| more);
+        Ok(Response::new(proto::ListSandboxesResponse {
+            next_page_token: next.map_or_else(String::new, |record| record.sequence.to_string()),
+            sandboxes: records.iter().map(convert::sandbox).collect(),
+        }))
+    }
+
+    async fn delete_sandbox(
+        &self,
+        request: Request<proto::DeleteSandboxRequest>,
+    ) -> Result<Response<proto::DeleteSandboxResponse>, Status> {
+        let _call = self.calls.token();
+        let request = request.into_inner();
+        let id = parse_id(&request.id)?;
+        let deleted = self.pool.delete(&id, request.force).await;
+        deleted.map_err(|error| status(&error))?;
+        Ok(Response::new(proto::DeleteSandboxResponse {}))
+    }
+
+    async fn exec(
+        &self,
+        request: Request<Streaming<proto::ExecRequest>>,
+    ) -> Result<Response<Self::ExecStream>, Status> {
+        let call = self.calls.token();
+        let responses = exec::exec(Arc::clone(&self.pool), request.into_inner(), call).await?;
+        Ok(Response::new(Box::pin(responses)))
+    }
+
+    async fn watch_sandboxes(
+        &self,
+        request: Request<proto::WatchSandboxesRequest>,
+    ) -> Result<Response<Self::WatchSandboxesStream>, Status> {
+        let labels = request.into_inner().labels;
+        let changes = watch::watch(self.pool.subscribe(), labels, self.stopping.clone());
+        Ok(Response::new(Box::pin(changes)))
+    }
+
+    async fn list_templates(
+        &self,
+        _request: Request<proto::ListTemplatesRequest>,
+    ) -> Result<Response<proto::ListTemplatesResponse>, Status> {
+        let pool = Arc::clone(&self.pool);
+        // Reads a few files of each template.
+        let listed = tokio::task::spawn_blocking(move || pool.templates()).await;
+        let listed = listed.map_err(|error| Status::internal(error.to_string()))?;
+        let default = &self.pool.config().defaults.template;
+        Ok(Response::new(proto::ListTemplatesResponse {
+            templates: listed
+                .into_iter()
+                .map(|summary| convert::template(summary, default))
+                .collect(),
+        }))
+    }
+}
+
+pub(super) fn parse_id(text: &str) -> Result<SandboxId, Status> {
+    text.parse::<SandboxId>().map_err(|error| status(&error))
+}
+
+pub(super) fn invalid(field: &str, description: String) -> Status {
+    status(&CreateError::Invalid(vec![FieldViolation {
+        field: field.to_owned(),
+        description,
+    }]))
+}

@@ -1,0 +1,325 @@
+//! Which code and which reason each error has. docs/protocol.md lists them.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use soulbox_proto::vmm::v1::error::Code as MonitorCode;
+use tonic::Code;
+
+use super::{Explain, FieldViolation};
+use crate::admission::Exhausted;
+use crate::id::ParseIdError;
+use crate::kvm::KvmError;
+use crate::monitor::SpawnError;
+use crate::record::Failure;
+use crate::sandbox::{CreateError, DeleteError, StartError, UseError};
+use crate::template::{KernelError, TemplateError};
+
+/// How long a caller should wait for resources, or for a daemon that restarts.
+const RETRY: Duration = Duration::from_secs(1);
+/// Details travel as an HTTP/2 header, of which clients take 8 KiB in all.
+const MAX_TAIL_BYTES: usize = 2048;
+
+/// The code for a sandbox that ended with this reason while it started.
+pub fn failure_code(reason: &str) -> Code {
+    match reason {
+        "EMULATION_FAILED" => Code::FailedPrecondition,
+        "MONITOR_DIED" => Code::Unavailable,
+        _ => Code::Internal,
+    }
+}
+
+impl Explain for CreateError {
+    fn code(&self) -> Code {
+        match self {
+            Self::Draining => Code::Unavailable,
+            Self::Invalid(_) => Code::InvalidArgument,
+            Self::RequestIdReused(_) => Code::AlreadyExists,
+            Self::Kvm(error) => error.code(),
+            Self::Template(error) => error.code(),
+            Self::Exhausted(error) => error.code(),
+            Self::Random(_) | Self::ActorLost => Code::Internal,
+            Self::Start(error) => error.code(),
+        }
+    }
+
+    fn reason(&self) -> &str {
+        match self {
+            Self::Draining => "DRAINING",
+            Self::Invalid(_) => "INVALID_REQUEST",
+            Self::RequestIdReused(_) => "REQUEST_ID_REUSED",
+            Self::Kvm(error) => error.reason(),
+            Self::Template(error) => error.reason(),
+            Self::Exhausted(error) => error.reason(),
+            Self::Random(_) => "HOST_FAILED",
+            Self::ActorLost => "INTERNAL",
+            Self::Start(error) => error.reason(),
+        }
+    }
+
+    fn retry_after(&self) -> Option<Duration> {
+        match self {
+            Self::Draining => Some(RETRY),
+            Self::Exhausted(error) => error.retry_after(),
+            Self::Start(error) => error.retry_after(),
+            _ => None,
+        }
+    }
+
+    fn metadata(&self) -> BTreeMap<String, String> {
+        match self {
+            Self::Start(error) => error.metadata(),
+            _ => BTreeMap::new(),
+        }
+    }
+
+    fn violations(&self) -> Vec<FieldViolation> {
+        match self {
+            Self::Invalid(violations) => violations.clone(),
+            Self::Template(error) => error.violations(),
+            _ => Vec::new(),
+        }
+    }
+}
+
+impl Explain for StartError {
+    fn code(&self) -> Code {
+        match self {
+            Self::Store(_) | Self::Transition(_) | Self::Prepare { .. } | Self::Protocol => {
+                Code::Internal
+            }
+            Self::Spawn(SpawnError::Missing { .. } | SpawnError::NotExecutable { .. }) => {
+                Code::FailedPrecondition
+            }
+            Self::Spawn(_) | Self::Agent { .. } => Code::Internal,
+            Self::Refused { code, .. } => match code {
+                MonitorCode::Kvm | MonitorCode::Kernel | MonitorCode::Disk => {
+                    Code::FailedPrecondition
+                }
+                _ => Code::Internal,
+            },
+            Self::Ended(failure) => failure_code(&failure.reason),
+            Self::BootTimeout { .. } => Code::DeadlineExceeded,
+            Self::Deleted | Self::CallerGone => Code::Aborted,
+            Self::Stopping => Code::Unavailable,
+        }
+    }
+
+    fn reason(&self) -> &str {
+        match self {
+            Self::Store(_) => "STORE_FAILED",
+            Self::Transition(_) => "INTERNAL",
+            Self::Prepare { .. } => "HOST_FAILED",
+            Self::Spawn(_) => "MONITOR_NOT_STARTED",
+            Self::Refused { code, .. } => match code {
+                MonitorCode::Kvm => "KVM_UNAVAILABLE",
+                MonitorCode::Kernel => "KERNEL_INVALID",
+                MonitorCode::Disk => "DISK_INVALID",
+                MonitorCode::Memory => "MEMORY_FAILED",
+                _ => "BOOT_REFUSED",
+            },
+            Self::Protocol => "PROTOCOL_MISMATCH",
+            Self::Ended(failure) => &failure.reason,
+            Self::BootTimeout { .. } => "BOOT_TIMEOUT",
+            Self::Agent { .. } => "AGENT_FAILED",
+            Self::Deleted => "SANDBOX_DELETED",
+            Self::CallerGone => "CALLER_GONE",
+            Self::Stopping => "DRAINING",
+        }
+    }
+
+    fn retry_after(&self) -> Option<Duration> {
+        matches!(self, Self::Stopping).then_some(RETRY)
+    }
+
+    fn metadata(&self) -> BTreeMap<String, String> {
+        match self {
+            Self::Ended(failure) => tail(&failure.console_tail),
+            Self::BootTimeout { console_tail, .. } => tail(console_tail),
+            _ => BTreeMap::new(),
+        }
+    }
+}
+
+impl Explain for Exhausted {
+    fn code(&self) -> Code {
+        Code::ResourceExhausted
+    }
+
+    fn reason(&self) -> &str {
+        "RESOURCES_EXHAUSTED"
+    }
+
+    fn retry_after(&self) -> Option<Duration> {
+        Some(RETRY)
+    }
+}
+
+impl Explain for KvmError {
+    fn code(&self) -> Code {
+        Code::FailedPrecondition
+    }
+
+    fn reason(&self) -> &str {
+        "KVM_UNAVAILABLE"
+    }
+}
+
+impl Explain for TemplateError {
+    fn code(&self) -> Code {
+        match self {
+            Self::Unknown { .. } => Code::NotFound,
+            Self::Kernel {
+                error: KernelError::TooLarge { .. },
+                ..
+            } => Code::InvalidArgument,
+            _ => Code::FailedPrecondition,
+        }
+    }
+
+    fn reason(&self) -> &str {
+        match self {
+            Self::Unknown { .. } => "TEMPLATE_NOT_FOUND",
+            Self::ManifestUnreadable { .. } | Self::ManifestInvalid { .. } => {
+                "TEMPLATE_MANIFEST_INVALID"
+            }
+            Self::FileMissing { .. } => "TEMPLATE_FILE_MISSING",
+            Self::FileUnreadable { .. } => "TEMPLATE_FILE_UNREADABLE",
+            Self::FileTruncated { .. } => "TEMPLATE_FILE_TRUNCATED",
+            Self::FileChanged { .. } => "TEMPLATE_FILE_CHANGED",
+            Self::Kernel { error, .. } => match error {
+                KernelError::Architecture { .. } => "KERNEL_WRONG_ARCHITECTURE",
+                KernelError::TooLarge { .. } => "KERNEL_TOO_LARGE",
+                _ => "KERNEL_INVALID",
+            },
+        }
+    }
+
+    fn violations(&self) -> Vec<FieldViolation> {
+        match self {
+            Self::Kernel {
+                error: KernelError::TooLarge { needed_mib, .. },
+                ..
+            } => vec![FieldViolation {
+                field: "resources.memory_mib".to_owned(),
+                description: format!("must be at least {needed_mib} for this template's kernel"),
+            }],
+            _ => Vec::new(),
+        }
+    }
+}
+
+impl Explain for DeleteError {
+    fn code(&self) -> Code {
+        match self {
+            Self::Cleanup { .. } | Self::Store { .. } => Code::Internal,
+            Self::Stopping => Code::Unavailable,
+        }
+    }
+
+    fn reason(&self) -> &str {
+        match self {
+            Self::Cleanup { .. } => "CLEANUP_FAILED",
+            Self::Store { .. } => "STORE_FAILED",
+            Self::Stopping => "DRAINING",
+        }
+    }
+
+    fn retry_after(&self) -> Option<Duration> {
+        Some(RETRY)
+    }
+}
+
+impl Explain for UseError {
+    fn code(&self) -> Code {
+        match self {
+            Self::NotFound(_) => Code::NotFound,
+            Self::NotRunning { .. } | Self::Failed { .. } => Code::FailedPrecondition,
+            Self::Died { .. } | Self::Deleted { .. } => Code::Unavailable,
+        }
+    }
+
+    fn reason(&self) -> &str {
+        match self {
+            Self::NotFound(_) => "SANDBOX_NOT_FOUND",
+            Self::NotRunning { .. } => "SANDBOX_NOT_RUNNING",
+            Self::Failed { .. } => "SANDBOX_FAILED",
+            Self::Died { .. } => "SANDBOX_DIED",
+            Self::Deleted { .. } => "SANDBOX_DELETED",
+        }
+    }
+
+    fn metadata(&self) -> BTreeMap<String, String> {
+        match self {
+            Self::Failed { failure, .. } | Self::Died { failure, .. } => {
+                let mut metadata = tail(&failure.console_tail);
+                metadata.insert("failure_reason".to_owned(), failure.reason.clone());
+                metadata
+            }
+            _ => BTreeMap::new(),
+        }
+    }
+}
+
+impl Explain for ParseIdError {
+    fn code(&self) -> Code {
+        Code::InvalidArgument
+    }
+
+    fn reason(&self) -> &str {
+        "INVALID_REQUEST"
+    }
+
+    fn violations(&self) -> Vec<FieldViolation> {
+        vec![FieldViolation {
+            field: "id".to_owned(),
+            description: "is not a sandbox id".to_owned(),
+        }]
+    }
+}
+
+impl Failure {
+    pub fn new(reason: &str, message: impl Into<String>) -> Self {
+        Self {
+            reason: reason.to_owned(),
+            message: message.into(),
+            console_tail: String::new(),
+        }
+    }
+}
+
+/// The console's end as metadata, cut to what a header may carry.
+fn tail(console: &str) -> BTreeMap<String, String> {
+    if console.is_empty() {
+        return BTreeMap::new();
+    }
+    let from = console.len().saturating_sub(MAX_TAIL_BYTES);
+    let from = (from..=console.len())
+        .find(|&index| console.is_char_boundary(index))
+        .unwrap_or(console.len());
+    BTreeMap::from([("console_tail".to_owned(), console[from..].to_owned())])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_long_console_is_cut_at_a_character() {
+        let console = "ä".repeat(3000) + "end";
+        let cut = &tail(&console)["console_tail"];
+        assert!(cut.len() <= MAX_TAIL_BYTES && cut.ends_with("end"));
+        assert!(tail("").is_empty());
+    }
+
+    #[test]
+    fn a_death_names_its_own_reason_beside_the_calls() {
+        let error = UseError::Died {
+            id: crate::id::SandboxId::random().unwrap(),
+            failure: Failure::new("GUEST_PANIC", "The guest's kernel panicked."),
+        };
+        assert_eq!(error.reason(), "SANDBOX_DIED");
+        assert_eq!(error.code(), Code::Unavailable);
+        assert_eq!(error.metadata()["failure_reason"], "GUEST_PANIC");
+    }
+}
