@@ -157,7 +157,10 @@ mod tests {
         let error = admission.reserve(resources(5, 100, 1)).unwrap_err();
         assert_eq!(
             error.short,
-            ["vcpus (5 wanted, 4 left)", "memory_mib (100 wanted, 24 left)"]
+            [
+                "vcpus (5 wanted, 4 left)",
+                "memory_mib (100 wanted, 24 left)"
+            ]
         );
         assert_eq!(admission.allocatable(), before);
     }
@@ -187,10 +190,10 @@ mod tests {
                         for &(vcpus, memory_mib, disk_mib) in part {
                             let wanted = resources(vcpus, memory_mib, disk_mib);
                             let Ok(reservation) = admission.reserve(wanted) else { continue };
-                            let now = { let mut held = lock(&held); *held = held.plus(wanted.into()); *held };
+                            let now = { let mut held = lock(held); *held = held.plus(wanted.into()); *held };
                             assert_eq!(CAPACITY.minus(now).plus(now), CAPACITY, "oversold: {now:?}");
                             std::thread::yield_now();
-                            { let mut held = lock(&held); *held = held.minus(wanted.into()); }
+                            { let mut held = lock(held); *held = held.minus(wanted.into()); }
                             drop(reservation);
                         }
                     });

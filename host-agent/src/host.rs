@@ -75,8 +75,14 @@ fn free_disk_mib(folder: &Path) -> std::io::Result<u64> {
     let mut held_bytes = 0_u64;
     if let Ok(sandboxes) = std::fs::read_dir(folder.join("sandboxes")) {
         for sandbox in sandboxes.flatten() {
-            for file in std::fs::read_dir(sandbox.path()).into_iter().flatten().flatten() {
-                held_bytes += file.metadata().map_or(0, |metadata| metadata.blocks() * 512);
+            for file in std::fs::read_dir(sandbox.path())
+                .into_iter()
+                .flatten()
+                .flatten()
+            {
+                held_bytes += file
+                    .metadata()
+                    .map_or(0, |metadata| metadata.blocks() * 512);
             }
         }
     }
@@ -91,8 +97,11 @@ fn memory_mib(meminfo: &str) -> u64 {
 }
 
 fn has_virtualization(cpuinfo: &str) -> bool {
-    field(cpuinfo, "flags")
-        .is_some_and(|flags| flags.split_ascii_whitespace().any(|flag| matches!(flag, "vmx" | "svm")))
+    field(cpuinfo, "flags").is_some_and(|flags| {
+        flags
+            .split_ascii_whitespace()
+            .any(|flag| matches!(flag, "vmx" | "svm"))
+    })
 }
 
 /// The value of the first line "name : value".
@@ -109,11 +118,15 @@ mod tests {
 
     #[test]
     fn facts_come_out_of_proc() {
-        let cpuinfo = "processor\t: 0\nmodel name\t: Some CPU @ 2: fast\nflags\t\t: fpu svm_lock avx\n";
+        let cpuinfo =
+            "processor\t: 0\nmodel name\t: Some CPU @ 2: fast\nflags\t\t: fpu svm_lock avx\n";
         assert_eq!(field(cpuinfo, "model name"), Some("Some CPU @ 2: fast"));
         assert!(!has_virtualization(cpuinfo));
         assert!(has_virtualization("flags : fpu vmx sse\n"));
-        assert_eq!(memory_mib("MemTotal:       2097152 kB\nMemFree: 1 kB\n"), 2048);
+        assert_eq!(
+            memory_mib("MemTotal:       2097152 kB\nMemFree: 1 kB\n"),
+            2048
+        );
         assert_eq!(memory_mib("nonsense"), 0);
     }
 

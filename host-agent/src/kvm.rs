@@ -35,7 +35,9 @@ pub enum KvmError {
     Open { path: PathBuf, message: String },
     #[error("{} is no KVM device; set paths.kvm to the one of this host, usually /dev/kvm", .path.display())]
     NotKvm { path: PathBuf },
-    #[error("KVM speaks API version {found}, but {API_VERSION} is needed; update the host's kernel")]
+    #[error(
+        "KVM speaks API version {found}, but {API_VERSION} is needed; update the host's kernel"
+    )]
     ApiVersion { found: i32 },
     #[error("KVM lacks {name}; update the host's kernel")]
     Capability { name: &'static str },

@@ -41,11 +41,17 @@ pub struct Loaded {
 
 #[derive(Debug, thiserror::Error)]
 pub enum OpenError {
-    #[error("the records in {path} cannot be opened; see whether the disk is full or read-only, or move the file away to begin without them")]
+    #[error(
+        "the records in {path} cannot be opened; see whether the disk is full or read-only, or move the file away to begin without them"
+    )]
     Database { path: PathBuf, source: redb::Error },
-    #[error("the records in {path} were written by a newer soulboxd (schema {found}, this one knows {SCHEMA_VERSION}); run that version")]
+    #[error(
+        "the records in {path} were written by a newer soulboxd (schema {found}, this one knows {SCHEMA_VERSION}); run that version"
+    )]
     Newer { path: PathBuf, found: u64 },
-    #[error("the record {key:?} in {path} does not decode; move the file away to begin without records")]
+    #[error(
+        "the record {key:?} in {path} does not decode; move the file away to begin without records"
+    )]
     Record {
         path: PathBuf,
         key: String,
@@ -57,7 +63,9 @@ pub enum OpenError {
 
 #[derive(Debug, thiserror::Error)]
 pub enum CommitError {
-    #[error("a record cannot be written: {0}; see whether the disk of state_dir is full or read-only")]
+    #[error(
+        "a record cannot be written: {0}; see whether the disk of state_dir is full or read-only"
+    )]
     Write(String),
     #[error("the record store is closed because soulboxd is stopping; try again when it runs")]
     Closed,
@@ -186,7 +194,9 @@ fn decode(path: &Path, rows: (Vec<Row>, Vec<Row>)) -> Result<Loaded, OpenError> 
     for row in requests {
         loaded.requests.push(one(path, row)?);
     }
-    loaded.sandboxes.sort_by_key(|record: &SandboxRecord| record.sequence);
+    loaded
+        .sandboxes
+        .sort_by_key(|record: &SandboxRecord| record.sequence);
     Ok(loaded)
 }
 

@@ -222,11 +222,13 @@ mod tests {
     #[test]
     fn what_follows_the_command_is_the_programs() {
         let odd = OsString::from_vec(vec![0xff, b'x']);
-        let args: Vec<OsString> = ["soulbox", "run", "-i", "--env", "A=b=c", "ls", "-l", "--keep", "--"]
-            .map(OsString::from)
-            .into_iter()
-            .chain([odd.clone()])
-            .collect();
+        let args: Vec<OsString> = [
+            "soulbox", "run", "-i", "--env", "A=b=c", "ls", "-l", "--keep", "--",
+        ]
+        .map(OsString::from)
+        .into_iter()
+        .chain([odd.clone()])
+        .collect();
         let Command::Run(run) = Args::try_parse_from(args).unwrap().command else {
             panic!("not run");
         };
@@ -240,7 +242,16 @@ mod tests {
         assert_eq!(duration("500ms"), Ok(Duration::from_millis(500)));
         assert_eq!(duration("90"), Ok(Duration::from_secs(90)));
         assert_eq!(duration("2h"), Ok(Duration::from_secs(7200)));
-        for bad in ["", "s", "-1s", "1w", "0", "1.5s", "99999999999999999999h", "9999999999999999h"] {
+        for bad in [
+            "",
+            "s",
+            "-1s",
+            "1w",
+            "0",
+            "1.5s",
+            "99999999999999999999h",
+            "9999999999999999h",
+        ] {
             assert!(duration(bad).is_err(), "{bad}");
         }
     }

@@ -14,7 +14,12 @@ type Labels = Vec<(String, String)>;
 
 pub(super) async fn create(host: &Host, format: Output, args: CreateArgs) -> Result<u8, CliError> {
     let request = run::create_request(args.sandbox, args.request_id);
-    let created = host.sandboxes().await?.create_sandbox(request).await?.into_inner();
+    let created = host
+        .sandboxes()
+        .await?
+        .create_sandbox(request)
+        .await?
+        .into_inner();
     let sandbox = created.sandbox.unwrap_or_default();
     match format {
         Output::Table => output::line(&sandbox.id)?,
@@ -53,7 +58,11 @@ async fn list(host: &Host, labels: Labels) -> Result<Vec<Sandbox>, CliError> {
 }
 
 pub(super) async fn get(host: &Host, format: Output, id: String) -> Result<u8, CliError> {
-    let reply = host.sandboxes().await?.get_sandbox(GetSandboxRequest { id }).await?;
+    let reply = host
+        .sandboxes()
+        .await?
+        .get_sandbox(GetSandboxRequest { id })
+        .await?;
     let reply = reply.into_inner();
     let sandbox = reply.sandbox.unwrap_or_default();
     match format {

@@ -106,8 +106,18 @@ mod tests {
         let unix = Host::Unix("/run/s.sock".into());
         assert_eq!(Host::parse("unix:/run/s.sock").unwrap(), unix);
         assert_eq!(Host::parse("unix:///run/s.sock").unwrap(), unix);
-        assert!(matches!(Host::parse("http://10.0.0.5:7600"), Ok(Host::Tcp(_))));
-        for bad in ["", "unix:relative", "/run/s.sock", "https://x", "localhost:1", "http://a b"] {
+        assert!(matches!(
+            Host::parse("http://10.0.0.5:7600"),
+            Ok(Host::Tcp(_))
+        ));
+        for bad in [
+            "",
+            "unix:relative",
+            "/run/s.sock",
+            "https://x",
+            "localhost:1",
+            "http://a b",
+        ] {
             assert!(Host::parse(bad).is_err(), "{bad}");
         }
     }

@@ -7,15 +7,23 @@ use tonic_types::StatusExt as _;
 
 #[derive(Debug, thiserror::Error)]
 pub(super) enum CliError {
-    #[error("{host:?} is no address of a soulboxd; give unix:/PATH or http://ADDRESS:PORT with --host or SOULBOX_HOST")]
+    #[error(
+        "{host:?} is no address of a soulboxd; give unix:/PATH or http://ADDRESS:PORT with --host or SOULBOX_HOST"
+    )]
     Host { host: String },
-    #[error("soulboxd cannot be reached at {host} ({message}); start it with `systemctl start soulboxd`, or give its address with --host or SOULBOX_HOST")]
+    #[error(
+        "soulboxd cannot be reached at {host} ({message}); start it with `systemctl start soulboxd`, or give its address with --host or SOULBOX_HOST"
+    )]
     Connect { host: String, message: String },
-    #[error("you may not use the soulboxd at {host}; join the group that owns its socket, or run this as root")]
+    #[error(
+        "you may not use the soulboxd at {host}; join the group that owns its socket, or run this as root"
+    )]
     Permission { host: String },
     #[error("{}", sentence(.0.message()))]
     Call(Box<Status>),
-    #[error("the call ended without the program's exit status; see whether the sandbox is still there with `soulbox ls`")]
+    #[error(
+        "the call ended without the program's exit status; see whether the sandbox is still there with `soulbox ls`"
+    )]
     NoExit,
     #[error("{variable:?} is no variable; give NAME=VALUE to --env")]
     Env { variable: String },
@@ -43,7 +51,12 @@ impl CliError {
         match self {
             Self::Call(status) => {
                 let details = status.get_error_details();
-                details.error_info()?.metadata.get("exit_code")?.parse().ok()
+                details
+                    .error_info()?
+                    .metadata
+                    .get("exit_code")?
+                    .parse()
+                    .ok()
             }
             Self::Output(error) if error.kind() == io::ErrorKind::BrokenPipe => Some(BROKEN_PIPE),
             Self::Interrupted => Some(INTERRUPTED),

@@ -3,7 +3,7 @@
 use std::os::unix::ffi::OsStringExt as _;
 
 use soulbox_proto::guest::v1::{
-    EnvVar, Exited, ExecResponse, ProcessSpec, exec_response, exited, process_input,
+    EnvVar, ExecResponse, Exited, ProcessSpec, exec_response, exited, process_input,
 };
 use soulbox_proto::host::v1::sandbox_service_client::SandboxServiceClient;
 use soulbox_proto::host::v1::{ExecRequest, ExecStart, exec_request};

@@ -28,7 +28,12 @@ pub fn main() -> ExitCode {
         Err(error) => return usage(&error),
     };
     if let Command::Completions { shell } = args.command {
-        clap_complete::generate(shell, &mut Args::command(), "soulbox", &mut std::io::stdout());
+        clap_complete::generate(
+            shell,
+            &mut Args::command(),
+            "soulbox",
+            &mut std::io::stdout(),
+        );
         return ExitCode::SUCCESS;
     }
     let runs_a_program = args.command.runs_a_program();
@@ -48,7 +53,11 @@ pub fn main() -> ExitCode {
         Ok(code) => ExitCode::from(code),
         Err(error) => {
             error.print();
-            ExitCode::from(error.exit_code().unwrap_or(if runs_a_program { OWN_FAILURE } else { 1 }))
+            ExitCode::from(error.exit_code().unwrap_or(if runs_a_program {
+                OWN_FAILURE
+            } else {
+                1
+            }))
         }
     }
 }

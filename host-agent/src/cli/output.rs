@@ -94,10 +94,15 @@ pub(super) fn template(template: &Template) -> Value {
 }
 
 pub(super) fn sandbox_table(sandboxes: &[Sandbox]) -> Result<(), CliError> {
-    let mut table = table(&["ID", "STATE", "TEMPLATE", "VCPUS", "MEMORY", "DISK", "AGE", "ENDS IN", "REASON"]);
+    let mut table = table(&[
+        "ID", "STATE", "TEMPLATE", "VCPUS", "MEMORY", "DISK", "AGE", "ENDS IN", "REASON",
+    ]);
     for sandbox in sandboxes {
         let resources = sandbox.resources.unwrap_or_default();
-        let reason = sandbox.failure.as_ref().map(|failure| failure.reason.clone());
+        let reason = sandbox
+            .failure
+            .as_ref()
+            .map(|failure| failure.reason.clone());
         table.add_row([
             sandbox.id.clone(),
             state(sandbox).to_owned(),
@@ -129,7 +134,10 @@ pub(super) fn sandbox_details(sandbox: &Sandbox, usage: Option<&Usage>) -> Resul
     if let Some(failure) = &sandbox.failure {
         line(&format!("failed: {}", failure.message))?;
         if !failure.console_tail.is_empty() {
-            line(&format!("the console's last lines:\n{}", failure.console_tail.trim_end()))?;
+            line(&format!(
+                "the console's last lines:\n{}",
+                failure.console_tail.trim_end()
+            ))?;
         }
     }
     Ok(())
@@ -142,9 +150,16 @@ pub(super) fn node_details(node: &Node) -> Result<(), CliError> {
         node.allocatable.unwrap_or_default(),
     );
     let of = |left: u64, all: u64, unit: &str| format!("{left} of {all}{unit} left");
-    let state = if node.draining { "draining" } else { "taking sandboxes" };
+    let state = if node.draining {
+        "draining"
+    } else {
+        "taking sandboxes"
+    };
     let kvm_state = if kvm.usable {
-        format!("usable, API {}, up to {} vCPUs", kvm.api_version, kvm.max_vcpus)
+        format!(
+            "usable, API {}, up to {} vCPUs",
+            kvm.api_version, kvm.max_vcpus
+        )
     } else {
         format!("not usable: {}", kvm.problem)
     };
@@ -281,7 +296,10 @@ mod tests {
         assert_eq!(rough(Duration::from_secs(119)), "119s");
         assert_eq!(rough(Duration::from_secs(3600)), "60m");
         assert_eq!(rough(Duration::from_secs(86400 * 3)), "3d");
-        let time = Timestamp { seconds: 1_700_000_000, nanos: 500_000_000 };
+        let time = Timestamp {
+            seconds: 1_700_000_000,
+            nanos: 500_000_000,
+        };
         assert_eq!(rfc3339(time), "2023-11-14T22:13:20.500Z");
     }
 

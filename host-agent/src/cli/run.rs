@@ -28,7 +28,10 @@ pub(super) async fn run(host: &Host, format: Output, args: RunArgs) -> Result<u8
         // Without a request id, a create whose caller goes is undone.
         _ = signals.next() => return Err(CliError::Interrupted),
     };
-    let id = created.sandbox.map(|sandbox| sandbox.id).unwrap_or_default();
+    let id = created
+        .sandbox
+        .map(|sandbox| sandbox.id)
+        .unwrap_or_default();
     let start = ExecStart {
         sandbox_id: id.clone(),
         process: Some(process),

@@ -32,7 +32,9 @@ pub(super) fn forward_stdin(requests: mpsc::Sender<ExecRequest>) {
                 Ok(count) => process_input::Input::Stdin(buffer[..count].to_vec().into()),
                 Err(error) if error.kind() == std::io::ErrorKind::Interrupted => continue,
                 Err(error) => {
-                    eprintln!("soulbox: standard input cannot be read ({error}); the program sees its end");
+                    eprintln!(
+                        "soulbox: standard input cannot be read ({error}); the program sees its end"
+                    );
                     process_input::Input::StdinEof(StdinEof {})
                 }
             };

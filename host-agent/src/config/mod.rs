@@ -104,7 +104,9 @@ pub enum OnShutdown {
 
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
-    #[error("{path} cannot be read; give another file with --config, or make one with `soulboxd --print-default-config`")]
+    #[error(
+        "{path} cannot be read; give another file with --config, or make one with `soulboxd --print-default-config`"
+    )]
     Read {
         path: PathBuf,
         source: std::io::Error,
@@ -303,7 +305,9 @@ mod tests {
 
     #[test]
     fn an_unknown_name_is_named() {
-        let error = parse("[timeouts]\nboot_seconds = 3").unwrap_err().to_string();
+        let error = parse("[timeouts]\nboot_seconds = 3")
+            .unwrap_err()
+            .to_string();
         assert!(error.contains("boot_seconds"), "{error}");
         assert!(error.contains("boot_ms"), "{error}");
     }

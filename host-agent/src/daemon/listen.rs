@@ -21,9 +21,13 @@ pub(super) enum ListenError {
     NoSocket { path: PathBuf },
     #[error("listen.unix_path {} cannot be made; see the permissions of its folder", .path.display())]
     Unix { path: PathBuf, source: io::Error },
-    #[error("listen.unix_group {group:?} is no group of this host; make it with `groupadd` or name another")]
+    #[error(
+        "listen.unix_group {group:?} is no group of this host; make it with `groupadd` or name another"
+    )]
     Group { group: String },
-    #[error("listen.tcp_address {address} cannot be bound; see whether the address is this host's and the port is free")]
+    #[error(
+        "listen.tcp_address {address} cannot be bound; see whether the address is this host's and the port is free"
+    )]
     Tcp {
         address: std::net::SocketAddr,
         source: io::Error,
@@ -180,7 +184,10 @@ mod tests {
         drop(std::os::unix::net::UnixListener::bind(&path).unwrap());
         let listeners = Listeners::bind(&config(&path)).unwrap();
         assert_eq!(fs::metadata(&path).unwrap().mode() & 0o777, 0o660);
-        assert!(matches!(Listeners::bind(&config(&path)), Err(ListenError::InUse { .. })));
+        assert!(matches!(
+            Listeners::bind(&config(&path)),
+            Err(ListenError::InUse { .. })
+        ));
         drop(listeners);
         assert!(!path.exists());
     }
@@ -190,7 +197,10 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("soulboxd.sock");
         fs::write(&path, "precious").unwrap();
-        assert!(matches!(Listeners::bind(&config(&path)), Err(ListenError::NoSocket { .. })));
+        assert!(matches!(
+            Listeners::bind(&config(&path)),
+            Err(ListenError::NoSocket { .. })
+        ));
         assert_eq!(fs::read_to_string(&path).unwrap(), "precious");
     }
 
@@ -200,6 +210,9 @@ mod tests {
         assert_eq!(find_group("root:x:0:\nkvm:x:bad:\n", "kvm"), None);
         assert_eq!(group_id("77").unwrap(), Some(77));
         assert_eq!(group_id("").unwrap(), None);
-        assert!(matches!(group_id("no such group"), Err(ListenError::Group { .. })));
+        assert!(matches!(
+            group_id("no such group"),
+            Err(ListenError::Group { .. })
+        ));
     }
 }

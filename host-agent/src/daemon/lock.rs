@@ -54,7 +54,10 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("state");
         let first = StateLock::take(&path).unwrap();
-        assert!(matches!(StateLock::take(&path), Err(LockError::Held { .. })));
+        assert!(matches!(
+            StateLock::take(&path),
+            Err(LockError::Held { .. })
+        ));
         drop(first);
         StateLock::take(&path).unwrap();
     }

@@ -71,10 +71,11 @@ impl Services {
 
         let mut servers = JoinSet::new();
         let unix = UnixListenerStream::new(listeners.unix);
-        servers.spawn(server().add_routes(routes.clone()).serve_with_incoming_shutdown(
-            unix,
-            closing.clone().cancelled_owned(),
-        ));
+        servers.spawn(
+            server()
+                .add_routes(routes.clone())
+                .serve_with_incoming_shutdown(unix, closing.clone().cancelled_owned()),
+        );
         if let Some(tcp) = listeners.tcp {
             servers.spawn(server().add_routes(routes).serve_with_incoming_shutdown(
                 TcpListenerStream::new(tcp),
@@ -99,8 +100,14 @@ impl Services {
             .await;
         self.stopping.cancel();
         self.calls.close();
-        if tokio::time::timeout(limit, self.calls.wait()).await.is_err() {
-            tracing::warn!(calls = self.calls.len(), "the drain's time is over; calls are cut off");
+        if tokio::time::timeout(limit, self.calls.wait())
+            .await
+            .is_err()
+        {
+            tracing::warn!(
+                calls = self.calls.len(),
+                "the drain's time is over; calls are cut off"
+            );
         }
     }
 

@@ -48,7 +48,9 @@ async fn dial(path: &Path) -> io::Result<UnixStream> {
     if answer.starts_with(b"OK ") {
         Ok(stream)
     } else {
-        Err(io::Error::other("the monitor's vsock refused the connection"))
+        Err(io::Error::other(
+            "the monitor's vsock refused the connection",
+        ))
     }
 }
 
@@ -75,7 +77,10 @@ mod tests {
 
     #[tokio::test]
     async fn bytes_after_the_answer_stay_in_the_stream() {
-        assert_eq!(dial_against(b"OK 1073741824\nPRI *").await.unwrap(), b"PRI *");
+        assert_eq!(
+            dial_against(b"OK 1073741824\nPRI *").await.unwrap(),
+            b"PRI *"
+        );
     }
 
     #[tokio::test]

@@ -15,7 +15,9 @@ const MAX_HELLO_BYTES: u64 = 4096;
 pub enum HelloError {
     #[error("the guest's ready-call cannot be read")]
     Read(#[from] io::Error),
-    #[error("the guest's ready-call does not decode; build the template again with this version's agent")]
+    #[error(
+        "the guest's ready-call does not decode; build the template again with this version's agent"
+    )]
     Decode(#[from] prost::DecodeError),
 }
 

@@ -304,7 +304,11 @@ mod tests {
             let mut ids = Vec::new();
             for _ in 0..2 {
                 let datagram = monitor.receive().await.unwrap().unwrap();
-                ids.push(proto::Request::decode(datagram.bytes.as_slice()).unwrap().id);
+                ids.push(
+                    proto::Request::decode(datagram.bytes.as_slice())
+                        .unwrap()
+                        .id,
+                );
             }
             for id in ids.into_iter().rev() {
                 let metrics = proto::Metrics {
@@ -337,7 +341,9 @@ mod tests {
                 .unwrap();
         };
         let (refused, ()) = tokio::join!(control.metrics(), serve);
-        assert!(matches!(refused, Err(RequestError::Refused(error)) if error.message == "not booted"));
+        assert!(
+            matches!(refused, Err(RequestError::Refused(error)) if error.message == "not booted")
+        );
         let (closed, ()) = tokio::join!(control.metrics(), async {
             monitor.receive().await.unwrap().unwrap();
             drop(monitor);
@@ -353,7 +359,10 @@ mod tests {
             let panic = proto::GuestPanic {
                 console_tail: tail.into(),
             };
-            monitor.send(&event(Event::GuestPanic(panic)), &[]).await.unwrap();
+            monitor
+                .send(&event(Event::GuestPanic(panic)), &[])
+                .await
+                .unwrap();
         }
         drop(monitor);
         let mut watching = observed.clone();

@@ -121,7 +121,9 @@ fn open(pid: i32) -> Result<AsyncFd<OwnedFd>, ProcessError> {
 pub fn private_bytes(identity: MonitorIdentity) -> u64 {
     let status = std::fs::read_to_string(format!("/proc/{}/status", identity.pid));
     let kib = status.ok().and_then(|status| {
-        let line = status.lines().find_map(|line| line.strip_prefix("RssAnon:"))?;
+        let line = status
+            .lines()
+            .find_map(|line| line.strip_prefix("RssAnon:"))?;
         line.trim().strip_suffix(" kB")?.parse::<u64>().ok()
     });
     kib.unwrap_or(0) * 1024

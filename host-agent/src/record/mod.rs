@@ -115,10 +115,7 @@ impl SandboxRecord {
     }
 
     /// Whether it carries all of `wanted`.
-    pub fn matches<'a>(
-        &self,
-        wanted: impl IntoIterator<Item = (&'a String, &'a String)>,
-    ) -> bool {
+    pub fn matches<'a>(&self, wanted: impl IntoIterator<Item = (&'a String, &'a String)>) -> bool {
         wanted
             .into_iter()
             .all(|(key, value)| self.labels.get(key) == Some(value))

@@ -47,7 +47,9 @@ pub enum Transition {
 }
 
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
-#[error("a sandbox that is {from} cannot {transition}; this is a bug in soulboxd, please report it")]
+#[error(
+    "a sandbox that is {from} cannot {transition}; this is a bug in soulboxd, please report it"
+)]
 pub struct IllegalTransition {
     pub from: State,
     pub transition: &'static str,

@@ -14,7 +14,9 @@ use crate::template::TemplateError;
 /// Why a sandbox was not created.
 #[derive(Debug, thiserror::Error)]
 pub enum CreateError {
-    #[error("this node takes no new sandboxes because soulboxd is stopping; try again later or on another node")]
+    #[error(
+        "this node takes no new sandboxes because soulboxd is stopping; try again later or on another node"
+    )]
     Draining,
     #[error("the request has {} to change: {}", fields(.0), list(.0))]
     Invalid(Vec<FieldViolation>),
@@ -30,7 +32,9 @@ pub enum CreateError {
     Random(#[source] std::io::Error),
     #[error("{0}")]
     Start(#[from] StartError),
-    #[error("the sandbox's task ended unexpectedly; this is a bug in soulboxd, please report it with its log")]
+    #[error(
+        "the sandbox's task ended unexpectedly; this is a bug in soulboxd, please report it with its log"
+    )]
     ActorLost,
 }
 
@@ -41,7 +45,9 @@ pub enum StartError {
     Store(#[from] CommitError),
     #[error("{0}")]
     Transition(#[from] IllegalTransition),
-    #[error("the sandbox's {what} cannot be made ({source}); see the space and permissions of state_dir and run_dir")]
+    #[error(
+        "the sandbox's {what} cannot be made ({source}); see the space and permissions of state_dir and run_dir"
+    )]
     Prepare {
         what: &'static str,
         source: std::io::Error,
@@ -50,11 +56,15 @@ pub enum StartError {
     Spawn(#[from] SpawnError),
     #[error("the monitor refused to boot: {message}")]
     Refused { code: MonitorCode, message: String },
-    #[error("the monitor answered Boot with something else; install soulbox-vmm and soulboxd of the same version")]
+    #[error(
+        "the monitor answered Boot with something else; install soulbox-vmm and soulboxd of the same version"
+    )]
     Protocol,
     #[error("{}", .0.message)]
     Ended(Failure),
-    #[error("the guest made no ready-call within {timeout_ms} ms; see the console's last lines, or raise timeouts.boot_ms")]
+    #[error(
+        "the guest made no ready-call within {timeout_ms} ms; see the console's last lines, or raise timeouts.boot_ms"
+    )]
     BootTimeout {
         timeout_ms: u64,
         console_tail: String,
@@ -63,7 +73,9 @@ pub enum StartError {
     Agent { step: &'static str, message: String },
     #[error("the sandbox was deleted while it started")]
     Deleted,
-    #[error("the caller went away while the sandbox started, and no request_id was given to find it by")]
+    #[error(
+        "the caller went away while the sandbox started, and no request_id was given to find it by"
+    )]
     CallerGone,
     #[error("soulboxd stopped while the sandbox started; try again later or on another node")]
     Stopping,

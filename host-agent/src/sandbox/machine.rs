@@ -51,7 +51,10 @@ impl Machine {
                 () = end_of(&mut self.process, &mut self.observed) => return None,
             };
             if connection.host_port != READY_PORT {
-                tracing::debug!(port = connection.host_port, "a guest called a port that nobody serves");
+                tracing::debug!(
+                    port = connection.host_port,
+                    "a guest called a port that nobody serves"
+                );
                 continue;
             }
             match timeout(HELLO, read_hello(connection.stream)).await {
@@ -115,9 +118,8 @@ impl Machine {
 }
 
 async fn end_of(process: &mut MonitorProcess, observed: &mut watch::Receiver<Observed>) {
-    let told = observed.wait_for(|seen| {
-        seen.closed || seen.exited.is_some() || seen.panic.is_some()
-    });
+    let told =
+        observed.wait_for(|seen| seen.closed || seen.exited.is_some() || seen.panic.is_some());
     tokio::select! {
         // A lost sender means that nothing more will be told, as `closed` does.
         _ = told => {}
@@ -212,12 +214,19 @@ mod tests {
         panicked.panic = Some(b"Kernel panic".to_vec());
         assert_eq!(reason(&panicked), "GUEST_PANIC");
         let emulation = failure(&exited(Reason::EmulationFailed), None);
-        assert!(emulation.message.contains("images/bench/run"), "{}", emulation.message);
+        assert!(
+            emulation.message.contains("images/bench/run"),
+            "{}",
+            emulation.message
+        );
         assert_eq!(emulation.console_tail, "tail");
     }
 
     #[test]
     fn terminal_escapes_do_not_pass() {
-        assert_eq!(console_text(b"a\x1b[31mb\r\n\xffc\x07"), "a[31mb\n\u{fffd}c");
+        assert_eq!(
+            console_text(b"a\x1b[31mb\r\n\xffc\x07"),
+            "a[31mb\n\u{fffd}c"
+        );
     }
 }

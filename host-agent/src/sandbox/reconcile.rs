@@ -103,14 +103,19 @@ async fn adopt(actor: &mut Actor) -> Result<(), Failure> {
         .record
         .monitor
         .ok_or_else(|| died("its record names no monitor".to_owned()))?;
-    let process = MonitorProcess::find(identity)
-        .map_err(|error| died(format!("the monitor ended while soulboxd was away: {error}")))?;
+    let process = MonitorProcess::find(identity).map_err(|error| {
+        died(format!(
+            "the monitor ended while soulboxd was away: {error}"
+        ))
+    })?;
     let lost = |message: String| Failure::new("MONITOR_LOST", message);
     let socket = match ControlSocket::connect(&actor.files.control_socket()) {
         Ok(socket) => socket,
         Err(error) => {
             bury(process).await;
-            return Err(lost(format!("the monitor's control socket does not answer ({error})")));
+            return Err(lost(format!(
+                "the monitor's control socket does not answer ({error})"
+            )));
         }
     };
     let mut machine = Machine::new(process, socket);
@@ -173,7 +178,11 @@ async fn undo(pool: &Pool, actor: &Actor) {
     if let Some(request_id) = &record.request_id {
         let was_answered = record.state == State::Stopping || record.state == State::Stopped;
         let stored = was_answered.then(|| pool.requests.sandbox_gone(request_id));
-        changes.push(stored.flatten().unwrap_or_else(|| pool.requests.forget(request_id)));
+        changes.push(
+            stored
+                .flatten()
+                .unwrap_or_else(|| pool.requests.forget(request_id)),
+        );
     }
     if let Err(error) = pool.store.commit(changes).await {
         tracing::error!(sandbox = %record.id, %error, "its record stays");
@@ -191,10 +200,17 @@ async fn kill_strays(pool: &Pool, kept: &HashSet<SandboxId>, summary: &mut Summa
 }
 
 fn remove_stray_folders(pool: &Pool, kept: &HashSet<SandboxId>, summary: &mut Summary) {
-    for parent in [sandboxes_dir(&pool.config.paths), sockets_dir(&pool.config.paths)] {
+    for parent in [
+        sandboxes_dir(&pool.config.paths),
+        sockets_dir(&pool.config.paths),
+    ] {
         for entry in std::fs::read_dir(&parent).into_iter().flatten().flatten() {
             // What has no sandbox's name is not ours to remove.
-            let Some(id) = entry.file_name().to_str().and_then(|name| name.parse().ok()) else {
+            let Some(id) = entry
+                .file_name()
+                .to_str()
+                .and_then(|name| name.parse().ok())
+            else {
                 continue;
             };
             if kept.contains(&id) {
@@ -213,7 +229,10 @@ fn remove_stray_folders(pool: &Pool, kept: &HashSet<SandboxId>, summary: &mut Su
 async fn bury(mut process: MonitorProcess) {
     process.kill();
     if timeout(ANSWER, process.ended()).await.is_err() {
-        tracing::error!(pid = process.identity().pid, "a killed monitor does not end");
+        tracing::error!(
+            pid = process.identity().pid,
+            "a killed monitor does not end"
+        );
     }
 }
 
@@ -222,9 +241,9 @@ mod tests {
     use super::*;
     use crate::admission::Amounts;
     use crate::config::{Config, Paths};
-    use crate::sandbox::files::SandboxFiles;
     use crate::record::tests::sample;
     use crate::record::{MonitorIdentity, RequestRecord};
+    use crate::sandbox::files::SandboxFiles;
     use crate::store::Store;
 
     const CAPACITY: Amounts = Amounts {
@@ -244,7 +263,12 @@ mod tests {
             },
             ..Config::default()
         };
-        let states = [State::Pending, State::Starting, State::Stopping, State::Running];
+        let states = [
+            State::Pending,
+            State::Starting,
+            State::Stopping,
+            State::Running,
+        ];
         let mut records: Vec<SandboxRecord> = states.map(sample).into();
         records[1].request_id = Some("cut-off".to_owned());
         // A monitor that is not there any more.
@@ -256,9 +280,13 @@ mod tests {
         std::fs::create_dir_all(&sandboxes).unwrap();
         for (sequence, record) in (1..).zip(&mut records) {
             record.sequence = sequence;
-            SandboxFiles::new(&config.paths, &record.id).create(128).unwrap();
+            SandboxFiles::new(&config.paths, &record.id)
+                .create(128)
+                .unwrap();
         }
-        SandboxFiles::new(&config.paths, &SandboxId::random().unwrap()).create(128).unwrap();
+        SandboxFiles::new(&config.paths, &SandboxId::random().unwrap())
+            .create(128)
+            .unwrap();
         std::fs::write(sandboxes.join("README"), "not ours").unwrap();
         {
             let (store, _) = Store::open(&config.paths.state_dir.join("state.redb")).unwrap();
@@ -273,10 +301,17 @@ mod tests {
             store.commit(changes).await.unwrap();
         }
 
-        let (pool, summary) = Pool::open(config.clone(), "/none".into(), CAPACITY).await.unwrap();
+        let (pool, summary) = Pool::open(config.clone(), "/none".into(), CAPACITY)
+            .await
+            .unwrap();
         assert_eq!(
             summary,
-            Summary { failed: 1, undone: 3, stray_folders: 2, ..Summary::default() }
+            Summary {
+                failed: 1,
+                undone: 3,
+                stray_folders: 2,
+                ..Summary::default()
+            }
         );
         let left = pool.list(0, 10, |_| true);
         assert_eq!(left.len(), 1);

@@ -229,7 +229,10 @@ mod tests {
         registry.publish(&record, None);
         registry.remove(&record.id);
         let change = subscription.changes.try_recv().unwrap();
-        assert_eq!((change.kind, change.record.state), (ChangeKind::Changed, State::Running));
+        assert_eq!(
+            (change.kind, change.record.state),
+            (ChangeKind::Changed, State::Running)
+        );
         let change = subscription.changes.try_recv().unwrap();
         assert_eq!((change.kind, change.record), (ChangeKind::Deleted, record));
     }

@@ -102,7 +102,9 @@ impl Requests {
         let mut forgotten = Vec::new();
         lock(&self.entries).retain(|id, entry| {
             let record = entry.record.as_ref();
-            let due = record.and_then(|record| record.forget_at).is_some_and(|at| at <= now);
+            let due = record
+                .and_then(|record| record.forget_at)
+                .is_some_and(|at| at <= now);
             if due {
                 forgotten.push(Change::RemoveRequest(id.clone()));
             }
@@ -202,7 +204,10 @@ mod tests {
             panic!("not repeated");
         };
         assert!(matches!(requests.claim("id", &json!(2)), Claim::Reused));
-        assert!(matches!(requests.claim("other", &json!(2)), Claim::First(_)));
+        assert!(matches!(
+            requests.claim("other", &json!(2)),
+            Claim::First(_)
+        ));
         claimed.admitted(&SandboxId::random().unwrap()).unwrap();
         claimed.prepare_answer(&created()).unwrap();
         claimed.answer(created());

@@ -49,7 +49,10 @@ impl CreateSpec {
         if request.request_id.len() > MAX_REQUEST_ID_BYTES {
             violations.add(
                 "request_id",
-                format!("has {} bytes; give at most {MAX_REQUEST_ID_BYTES}", request.request_id.len()),
+                format!(
+                    "has {} bytes; give at most {MAX_REQUEST_ID_BYTES}",
+                    request.request_id.len()
+                ),
             );
         }
         let resources = request.resources.unwrap_or_default();
@@ -62,12 +65,18 @@ impl CreateSpec {
         if resources.memory_mib != 0 && resources.memory_mib < MIN_MEMORY_MIB {
             violations.add(
                 "resources.memory_mib",
-                format!("is {}; give at least {MIN_MEMORY_MIB}", resources.memory_mib),
+                format!(
+                    "is {}; give at least {MIN_MEMORY_MIB}",
+                    resources.memory_mib
+                ),
             );
         }
         let ttl = request.ttl.and_then(|ttl| match Duration::try_from(ttl) {
             Ok(ttl) if ttl.is_zero() => {
-                violations.add("ttl", "is zero; leave it out for the node's default".to_owned());
+                violations.add(
+                    "ttl",
+                    "is zero; leave it out for the node's default".to_owned(),
+                );
                 None
             }
             Ok(ttl) => Some(ttl),
@@ -117,7 +126,11 @@ impl CreateSpec {
         let vcpus = capacity.vcpus.min(max_vcpus.into());
         for (field, asked, most) in [
             ("resources.vcpus", resources.vcpus, vcpus),
-            ("resources.memory_mib", resources.memory_mib, capacity.memory_mib),
+            (
+                "resources.memory_mib",
+                resources.memory_mib,
+                capacity.memory_mib,
+            ),
             ("resources.disk_mib", resources.disk_mib, capacity.disk_mib),
         ] {
             if u64::from(asked) > most {
@@ -145,7 +158,11 @@ impl CreateSpec {
             let mut violations = Violations::default();
             violations.add(
                 "ttl",
-                format!("is {} s; this node allows at most {} s", asked.as_secs(), most.as_secs()),
+                format!(
+                    "is {} s; this node allows at most {} s",
+                    asked.as_secs(),
+                    most.as_secs()
+                ),
             );
             violations.into_result()?;
         }
@@ -196,13 +213,18 @@ fn check_labels(
             let key: String = key.chars().take(MAX_LABEL_KEY_BYTES).collect();
             violations.add(
                 "labels",
-                format!("has the key {key:?}; give 1 to {MAX_LABEL_KEY_BYTES} bytes of [a-z0-9._/-]"),
+                format!(
+                    "has the key {key:?}; give 1 to {MAX_LABEL_KEY_BYTES} bytes of [a-z0-9._/-]"
+                ),
             );
         }
         if value.len() > MAX_LABEL_VALUE_BYTES {
             violations.add(
                 "labels",
-                format!("has a value of {} bytes; give at most {MAX_LABEL_VALUE_BYTES}", value.len()),
+                format!(
+                    "has a value of {} bytes; give at most {MAX_LABEL_VALUE_BYTES}",
+                    value.len()
+                ),
             );
         }
     }
@@ -263,18 +285,80 @@ mod tests {
         };
         let label = |key: &str, value: &str| HashMap::from([(key.to_owned(), value.to_owned())]);
         let ttl = |seconds| Some(prost_types::Duration { seconds, nanos: 0 });
-        let many = (0..65).map(|index| (format!("k{index}"), String::new())).collect();
+        let many = (0..65)
+            .map(|index| (format!("k{index}"), String::new()))
+            .collect();
         let cases = [
-            ("request_id", proto::CreateSandboxRequest { request_id: "x".repeat(129), ..request() }),
-            ("resources.vcpus", proto::CreateSandboxRequest { resources: resources(33, 0), ..request() }),
-            ("resources.memory_mib", proto::CreateSandboxRequest { resources: resources(1, 127), ..request() }),
-            ("ttl", proto::CreateSandboxRequest { ttl: ttl(0), ..request() }),
-            ("ttl", proto::CreateSandboxRequest { ttl: ttl(-1), ..request() }),
-            ("labels", proto::CreateSandboxRequest { labels: label("", ""), ..request() }),
-            ("labels", proto::CreateSandboxRequest { labels: label("Upper", ""), ..request() }),
-            ("labels", proto::CreateSandboxRequest { labels: label(&"k".repeat(64), ""), ..request() }),
-            ("labels", proto::CreateSandboxRequest { labels: label("k", &"v".repeat(256)), ..request() }),
-            ("labels", proto::CreateSandboxRequest { labels: many, ..request() }),
+            (
+                "request_id",
+                proto::CreateSandboxRequest {
+                    request_id: "x".repeat(129),
+                    ..request()
+                },
+            ),
+            (
+                "resources.vcpus",
+                proto::CreateSandboxRequest {
+                    resources: resources(33, 0),
+                    ..request()
+                },
+            ),
+            (
+                "resources.memory_mib",
+                proto::CreateSandboxRequest {
+                    resources: resources(1, 127),
+                    ..request()
+                },
+            ),
+            (
+                "ttl",
+                proto::CreateSandboxRequest {
+                    ttl: ttl(0),
+                    ..request()
+                },
+            ),
+            (
+                "ttl",
+                proto::CreateSandboxRequest {
+                    ttl: ttl(-1),
+                    ..request()
+                },
+            ),
+            (
+                "labels",
+                proto::CreateSandboxRequest {
+                    labels: label("", ""),
+                    ..request()
+                },
+            ),
+            (
+                "labels",
+                proto::CreateSandboxRequest {
+                    labels: label("Upper", ""),
+                    ..request()
+                },
+            ),
+            (
+                "labels",
+                proto::CreateSandboxRequest {
+                    labels: label(&"k".repeat(64), ""),
+                    ..request()
+                },
+            ),
+            (
+                "labels",
+                proto::CreateSandboxRequest {
+                    labels: label("k", &"v".repeat(256)),
+                    ..request()
+                },
+            ),
+            (
+                "labels",
+                proto::CreateSandboxRequest {
+                    labels: many,
+                    ..request()
+                },
+            ),
         ];
         for (field, request) in cases {
             assert_eq!(fields(CreateSpec::parse(request)), [field]);
@@ -283,29 +367,46 @@ mod tests {
 
     #[test]
     fn defaults_fill_in_and_the_node_bounds() {
-        let capacity = Amounts { vcpus: 8, memory_mib: 1024, disk_mib: 1000 };
+        let capacity = Amounts {
+            vcpus: 8,
+            memory_mib: 1024,
+            disk_mib: 1000,
+        };
         let resolve = |vcpus, memory_mib, disk_mib, max_vcpus| {
             let spec = CreateSpec::parse(proto::CreateSandboxRequest {
-                resources: Some(proto::Resources { vcpus, memory_mib, disk_mib }),
+                resources: Some(proto::Resources {
+                    vcpus,
+                    memory_mib,
+                    disk_mib,
+                }),
                 ..request()
             })
             .unwrap();
             spec.resolve(&Defaults::default(), &manifest(), capacity, max_vcpus)
         };
-        let defaults = Resources { vcpus: 1, memory_mib: 512, disk_mib: 300 };
+        let defaults = Resources {
+            vcpus: 1,
+            memory_mib: 512,
+            disk_mib: 300,
+        };
         assert_eq!(resolve(0, 0, 0, 32).unwrap(), defaults);
         assert_eq!(fields(resolve(8, 0, 0, 4)), ["resources.vcpus"]);
-        assert_eq!(fields(resolve(9, 1025, 1001, 32)), [
-            "resources.vcpus",
-            "resources.memory_mib",
-            "resources.disk_mib"
-        ]);
+        assert_eq!(
+            fields(resolve(9, 1025, 1001, 32)),
+            [
+                "resources.vcpus",
+                "resources.memory_mib",
+                "resources.disk_mib"
+            ]
+        );
         assert_eq!(fields(resolve(0, 0, 299, 32)), ["resources.disk_mib"]);
     }
 
     #[test]
     fn the_longest_life_bounds_all() {
-        let limits = Limits { max_ttl_seconds: 60 };
+        let limits = Limits {
+            max_ttl_seconds: 60,
+        };
         let spec = |seconds: Option<i64>| {
             CreateSpec::parse(proto::CreateSandboxRequest {
                 ttl: seconds.map(|seconds| prost_types::Duration { seconds, nanos: 0 }),
@@ -323,7 +424,8 @@ mod tests {
 
     #[test]
     fn the_body_ignores_the_id_and_the_order_of_labels() {
-        let labels: HashMap<String, String> = (0..20).map(|n| (format!("k{n}"), n.to_string())).collect();
+        let labels: HashMap<String, String> =
+            (0..20).map(|n| (format!("k{n}"), n.to_string())).collect();
         let body = |request_id: &str| {
             let request = proto::CreateSandboxRequest {
                 request_id: request_id.to_owned(),

@@ -48,10 +48,13 @@ impl Actor {
         watch.lap("admission");
 
         let files = self.files.create(self.record.resources.memory_mib)?;
-        let log = files.log.try_clone().map_err(|source| StartError::Prepare {
-            what: "log",
-            source,
-        })?;
+        let log = files
+            .log
+            .try_clone()
+            .map_err(|source| StartError::Prepare {
+                what: "log",
+                source,
+            })?;
         watch.lap("prepare");
 
         // No await between the start and the note of it in `self`.

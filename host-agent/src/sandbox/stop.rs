@@ -29,11 +29,8 @@ impl Actor {
             // need not keep a guest alive.
             tracing::warn!(sandbox = %self.record.id, %error, "the stop is not on disk");
         }
-        let force = |deletes: &[Command]| {
-            deletes
-                .iter()
-                .any(|Command::Delete { force, .. }| *force)
-        };
+        let force =
+            |deletes: &[Command]| deletes.iter().any(|Command::Delete { force, .. }| *force);
         if self.guest.is_some() && !force(&deletes) {
             self.stop_cleanly(&mut deletes, &mut commands).await;
         }

@@ -33,7 +33,11 @@ pub(super) async fn exec(
     mut requests: Streaming<ExecRequest>,
     call: TaskTrackerToken,
 ) -> Result<impl Stream<Item = Result<ExecResponse, Status>> + use<>, Status> {
-    let start = match requests.message().await?.and_then(|request| request.message) {
+    let start = match requests
+        .message()
+        .await?
+        .and_then(|request| request.message)
+    {
         Some(exec_request::Message::Start(start)) => start,
         Some(exec_request::Message::Input(_)) | None => {
             return Err(invalid("start", "is missing; send it first".to_owned()));
@@ -49,7 +53,10 @@ pub(super) async fn exec(
     let (responses, stream) = mpsc::channel(1);
     let Some(process) = process else {
         finish(after).await;
-        return Err(invalid("start.process", "is missing; say what to run".to_owned()));
+        return Err(invalid(
+            "start.process",
+            "is missing; say what to run".to_owned(),
+        ));
     };
     tokio::spawn(async move {
         let _call = call;
@@ -149,7 +156,10 @@ fn input(
                     message: Some(guest::exec_request::Message::Input(input)),
                 });
             }
-            Ok(_) => invalid("input", "is missing; after start, send only input".to_owned()),
+            Ok(_) => invalid(
+                "input",
+                "is missing; after start, send only input".to_owned(),
+            ),
             Err(status) => status,
         };
         // One refusal is enough.
@@ -218,7 +228,8 @@ mod tests {
 
     fn view(state: State) -> View {
         let mut record = sample(state);
-        record.failure = (state == State::Failed).then(|| Failure::new("GUEST_PANIC", "It panicked."));
+        record.failure =
+            (state == State::Failed).then(|| Failure::new("GUEST_PANIC", "It panicked."));
         View {
             record,
             live: None,
@@ -235,21 +246,28 @@ mod tests {
         sender.send_replace(view(State::Stopping));
         sender.send_replace(view(State::Failed));
         let error = waiting.await.unwrap();
-        assert!(matches!(&error, UseError::Died { failure, .. } if failure.reason == "GUEST_PANIC"));
+        assert!(
+            matches!(&error, UseError::Died { failure, .. } if failure.reason == "GUEST_PANIC")
+        );
         assert_eq!(status(&error).code(), Code::Unavailable);
     }
 
     #[test]
     fn only_a_running_sandbox_is_usable() {
         let error = |state| usable(&view(state)).unwrap_err();
-        assert!(matches!(error(State::Starting), UseError::NotRunning { .. }));
+        assert!(matches!(
+            error(State::Starting),
+            UseError::NotRunning { .. }
+        ));
         assert!(matches!(error(State::Failed), UseError::Failed { .. }));
         assert!(matches!(error(State::Stopped), UseError::NotFound(_)));
     }
 
     #[test]
     fn what_an_agent_says_is_no_connection_loss() {
-        assert!(is_connection_loss(&Status::unavailable("tcp connect error")));
+        assert!(is_connection_loss(&Status::unavailable(
+            "tcp connect error"
+        )));
         assert!(!is_connection_loss(&Status::not_found("")));
         assert!(!is_connection_loss(&invalid("argv", String::new())));
     }

@@ -44,7 +44,12 @@ type Changes = mpsc::Sender<Result<proto::WatchSandboxesResponse, Status>>;
 
 async fn feed(mut subscription: Subscription, labels: &HashMap<String, String>, changes: &Changes) {
     for record in std::mem::take(&mut subscription.current) {
-        if record.matches(labels) && changes.send(Ok(response(Kind::Current, &record))).await.is_err() {
+        if record.matches(labels)
+            && changes
+                .send(Ok(response(Kind::Current, &record)))
+                .await
+                .is_err()
+        {
             return;
         }
     }
@@ -100,7 +105,9 @@ mod tests {
             current: vec![sample(State::Running)],
             changes,
         };
-        let labels = labels.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned()));
+        let labels = labels
+            .iter()
+            .map(|(key, value)| ((*key).to_owned(), (*value).to_owned()));
         let stopping = CancellationToken::new();
         let stream = watch(subscription, labels.collect(), stopping.clone());
         (sender, stream, stopping)
@@ -119,11 +126,19 @@ mod tests {
         let mut other = change();
         other.record.labels.clear();
         sender.send(other).unwrap();
-        sender.send(Change { kind: ChangeKind::Deleted, ..change() }).unwrap();
+        sender
+            .send(Change {
+                kind: ChangeKind::Deleted,
+                ..change()
+            })
+            .unwrap();
         assert_eq!(stream.next().await.unwrap().unwrap().kind(), Kind::Current);
         assert_eq!(stream.next().await.unwrap().unwrap().kind(), Kind::Deleted);
         stopping.cancel();
-        assert_eq!(stream.next().await.unwrap().unwrap_err().code(), tonic::Code::Unavailable);
+        assert_eq!(
+            stream.next().await.unwrap().unwrap_err().code(),
+            tonic::Code::Unavailable
+        );
         assert!(stream.next().await.is_none());
     }
 

@@ -107,7 +107,10 @@ mod tests {
         assert_eq!(status.message(), error.to_string());
         let details = status.get_error_details();
         let info = details.error_info().unwrap();
-        assert_eq!((info.reason.as_str(), info.domain.as_str()), ("RESOURCES_EXHAUSTED", "soulbox"));
+        assert_eq!(
+            (info.reason.as_str(), info.domain.as_str()),
+            ("RESOURCES_EXHAUSTED", "soulbox")
+        );
         assert!(details.retry_info().unwrap().retry_delay.is_some());
     }
 }

@@ -23,7 +23,9 @@ pub enum KernelError {
     Truncated,
     #[error("cannot be read ({message}); see the disk it lies on")]
     Read { message: String },
-    #[error("needs {needed_mib} MiB to start, but the sandbox has {memory_mib} MiB; ask for more memory")]
+    #[error(
+        "needs {needed_mib} MiB to start, but the sandbox has {memory_mib} MiB; ask for more memory"
+    )]
     TooLarge { needed_mib: u64, memory_mib: u32 },
 }
 
@@ -236,7 +238,10 @@ pub(super) mod tests {
         let image = inspect(&elf(62, &[(0x100_0000, 200 << 20)])).unwrap();
         assert_eq!(
             image.check_fits(128),
-            Err(KernelError::TooLarge { needed_mib: 232, memory_mib: 128 })
+            Err(KernelError::TooLarge {
+                needed_mib: 232,
+                memory_mib: 128
+            })
         );
         assert_eq!(image.check_fits(232), Ok(()));
     }

@@ -21,7 +21,9 @@ const MAX_NAMES_LISTED: usize = 20;
 pub fn is_template_name(name: &str) -> bool {
     let plain = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit();
     (1..=MAX_NAME_BYTES).contains(&name.len())
-        && name.bytes().all(|byte| plain(byte) || b"._-".contains(&byte))
+        && name
+            .bytes()
+            .all(|byte| plain(byte) || b"._-".contains(&byte))
         && name.bytes().next().is_some_and(plain)
 }
 
@@ -47,7 +49,9 @@ pub struct TemplateSummary {
 pub enum TemplateError {
     #[error("there is no template {name:?} on this node; {}", known_names(.known))]
     Unknown { name: String, known: Vec<String> },
-    #[error("the manifest of template {name:?} cannot be read ({message}); build the template again")]
+    #[error(
+        "the manifest of template {name:?} cannot be read ({message}); build the template again"
+    )]
     ManifestUnreadable { name: String, message: String },
     #[error("the manifest of template {name:?} is not valid ({message}); build the template again")]
     ManifestInvalid { name: String, message: String },
@@ -59,14 +63,18 @@ pub enum TemplateError {
         file: String,
         message: String,
     },
-    #[error("file {file:?} of template {name:?} is truncated: {found_bytes} bytes of {expected_bytes}; build the template again")]
+    #[error(
+        "file {file:?} of template {name:?} is truncated: {found_bytes} bytes of {expected_bytes}; build the template again"
+    )]
     FileTruncated {
         name: String,
         file: String,
         found_bytes: u64,
         expected_bytes: u64,
     },
-    #[error("file {file:?} of template {name:?} has {found_bytes} bytes but its manifest says {expected_bytes}; build the template again")]
+    #[error(
+        "file {file:?} of template {name:?} has {found_bytes} bytes but its manifest says {expected_bytes}; build the template again"
+    )]
     FileChanged {
         name: String,
         file: String,
@@ -97,12 +105,23 @@ impl Templates {
     pub fn open(&self, name: &str) -> Result<OpenTemplate, TemplateError> {
         let manifest = self.manifest(name)?;
         let folder = self.folder.join(name);
-        let kernel = open_file(name, &folder, &manifest.kernel.file, manifest.kernel.size_bytes)?;
-        let rootfs = open_file(name, &folder, &manifest.rootfs.file, manifest.rootfs.size_bytes)?;
-        let kernel_image = KernelImage::inspect(&kernel).map_err(|error| TemplateError::Kernel {
-            name: name.to_owned(),
-            error,
-        })?;
+        let kernel = open_file(
+            name,
+            &folder,
+            &manifest.kernel.file,
+            manifest.kernel.size_bytes,
+        )?;
+        let rootfs = open_file(
+            name,
+            &folder,
+            &manifest.rootfs.file,
+            manifest.rootfs.size_bytes,
+        )?;
+        let kernel_image =
+            KernelImage::inspect(&kernel).map_err(|error| TemplateError::Kernel {
+                name: name.to_owned(),
+                error,
+            })?;
         Ok(OpenTemplate {
             manifest,
             kernel,
@@ -228,7 +247,8 @@ fn open_file(
 
 fn known_names(names: &[String]) -> String {
     if names.is_empty() {
-        return "it has none yet: build one with images/build, or set paths.template_dir".to_owned();
+        return "it has none yet: build one with images/build, or set paths.template_dir"
+            .to_owned();
     }
     let listed = names
         .iter()
@@ -276,12 +296,21 @@ mod tests {
         let templates = Templates::new(folder.path());
 
         assert!(templates.open("whole").is_ok());
-        assert!(matches!(templates.open("missing"), Err(TemplateError::FileMissing { file, .. }) if file == "vmlinux"));
+        assert!(
+            matches!(templates.open("missing"), Err(TemplateError::FileMissing { file, .. }) if file == "vmlinux")
+        );
         assert!(matches!(
             templates.open("truncated"),
-            Err(TemplateError::FileTruncated { found_bytes: 100, expected_bytes: 4096, .. })
+            Err(TemplateError::FileTruncated {
+                found_bytes: 100,
+                expected_bytes: 4096,
+                ..
+            })
         ));
-        assert!(matches!(templates.open("torn"), Err(TemplateError::ManifestInvalid { .. })));
+        assert!(matches!(
+            templates.open("torn"),
+            Err(TemplateError::ManifestInvalid { .. })
+        ));
         let arm = templates.open("arm").unwrap_err().to_string();
         assert!(arm.contains("AArch64"), "{arm}");
 
