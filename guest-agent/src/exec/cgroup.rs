@@ -46,7 +46,8 @@ impl Cgroups {
         self.sweep(None);
         let number = self.next.fetch_add(1, Ordering::Relaxed);
         let path = self.parent.join(number.to_string());
-        fs::create_dir(&path)?;
+        // With its parent, which root in the guest may have removed.
+        fs::create_dir_all(&path)?;
         let folder = File::open(&path)?;
         Ok(Cgroup {
             path,

@@ -282,8 +282,8 @@ impl Call {
                 .unwrap()?;
             match response.unwrap().event.unwrap() {
                 Event::Started(_) => panic!("a second `started`"),
-                Event::Stdout(bytes) => stdout.extend(bytes),
-                Event::Stderr(bytes) => stderr.extend(bytes),
+                Event::Stdout(bytes) => stdout.extend_from_slice(&bytes),
+                Event::Stderr(bytes) => stderr.extend_from_slice(&bytes),
                 Event::Exited(exited) => {
                     assert_eq!(self.responses.message().await?, None);
                     return Ok(Finished {
