@@ -66,7 +66,7 @@ impl ControlSocket {
     }
 
     /// Takes over a connected socket.
-    pub(super) fn new(socket: OwnedFd) -> io::Result<Self> {
+    pub fn new(socket: OwnedFd) -> io::Result<Self> {
         rustix::io::ioctl_fionbio(&socket, true)?;
         Ok(Self {
             fd: crate::reactor::register(socket, Interest::READABLE | Interest::WRITABLE)?,
