@@ -83,9 +83,10 @@ impl<'m> Buffers<'m> {
         chain: DescriptorChain<&'m GuestMemory>,
         writable: bool,
     ) -> Result<usize, ChainError> {
-        let access = match writable {
-            true => Permissions::Write,
-            false => Permissions::Read,
+        let access = if writable {
+            Permissions::Write
+        } else {
+            Permissions::Read
         };
         let mut header_missing = HEADER_LEN;
         let mut data_len = 0;

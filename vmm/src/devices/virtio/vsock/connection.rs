@@ -192,9 +192,10 @@ impl Connection {
             && !self.guest_gone
             && !self.guest_shut(SHUTDOWN_RECEIVE)
             && !self.host_shut(SHUTDOWN_SEND);
-        match open {
-            true => self.credit.sendable_bytes(),
-            false => 0,
+        if open {
+            self.credit.sendable_bytes()
+        } else {
+            0
         }
     }
 

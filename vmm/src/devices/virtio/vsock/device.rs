@@ -188,6 +188,11 @@ impl Vsock {
         }
         written
     }
+
+    #[cfg(test)]
+    pub(super) fn waiting(&self) -> usize {
+        self.muxer.waiting()
+    }
 }
 
 impl VirtioDevice for Vsock {

@@ -199,10 +199,11 @@ impl Link {
         }
         let flushed = self.stream.as_ref().is_none_or(Stream::is_flushed);
         if self.connection.guest_shut(SHUTDOWN_BOTH) || self.connection.guest_gone() {
-            match flushed {
+            if flushed {
                 // The RST tells the guest that its port is free again.
-                true => self.connection.kill(),
-                false => _ = self.deadline.get_or_insert(now + LINGER_TIMEOUT),
+                self.connection.kill();
+            } else {
+                self.deadline.get_or_insert(now + LINGER_TIMEOUT);
             }
         } else if self.connection.host_shut(SHUTDOWN_BOTH) {
             self.deadline.get_or_insert(now + CLOSE_TIMEOUT);
@@ -246,18 +247,20 @@ impl Link {
             Received::Bytes(read) => read,
             Received::Nothing => 0,
             Received::End => {
-                let flags = match stream.is_hung_up() {
-                    true => SHUTDOWN_BOTH,
-                    false => SHUTDOWN_SEND,
+                let flags = if stream.is_hung_up() {
+                    SHUTDOWN_BOTH
+                } else {
+                    SHUTDOWN_SEND
                 };
                 self.connection.shut_host(flags);
                 self.settle(now);
                 0
             }
         };
-        self.read_chains = match read == room {
-            true => (self.read_chains * 4).min(MAX_READ_CHAINS),
-            false => (self.read_chains / 2).max(1),
+        self.read_chains = if read == room {
+            (self.read_chains * 4).min(MAX_READ_CHAINS)
+        } else {
+            (self.read_chains / 2).max(1)
         };
         read
     }

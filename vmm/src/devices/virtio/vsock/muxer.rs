@@ -280,9 +280,10 @@ impl Muxer {
     }
 
     fn buf_alloc_bytes(&self) -> u32 {
-        match self.connections.len() < LARGE_BUFFERS {
-            true => BUF_ALLOC_BYTES,
-            false => SMALL_BUF_ALLOC_BYTES,
+        if self.connections.len() < LARGE_BUFFERS {
+            BUF_ALLOC_BYTES
+        } else {
+            SMALL_BUF_ALLOC_BYTES
         }
     }
 
@@ -519,6 +520,12 @@ impl Muxer {
                 self.metrics.connections_reset += 1;
             }
         }
+    }
+
+    /// What waits for the guest: connections with something to send, and RSTs.
+    #[cfg(test)]
+    pub(super) fn waiting(&self) -> usize {
+        self.ready.len() + self.resets.len()
     }
 }
 

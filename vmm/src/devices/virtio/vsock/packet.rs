@@ -73,7 +73,6 @@ impl Key {
         u64::from(self.host_port) << 32 | u64::from(self.guest_port)
     }
 
-    #[expect(clippy::cast_possible_truncation, reason = "the halves of a u64")]
     pub(super) fn from_token(token: u64) -> Self {
         Self {
             host_port: (token >> 32) as u32,

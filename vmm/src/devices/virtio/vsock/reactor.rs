@@ -242,9 +242,10 @@ impl From<EventFlags> for Ready {
 
 fn stream_flags(writes: bool) -> EventFlags {
     let reads = EventFlags::IN | EventFlags::RDHUP | EventFlags::ET;
-    match writes {
-        true => reads | EventFlags::OUT,
-        false => reads,
+    if writes {
+        reads | EventFlags::OUT
+    } else {
+        reads
     }
 }
 

@@ -83,9 +83,10 @@ impl Stream {
     /// kept.
     pub(super) fn write(&mut self, data: &[VolatileSlice<'_>]) -> Result<usize, HostGone> {
         let len: usize = data.iter().map(VolatileSlice::len).sum();
-        let written = match self.buffer.is_empty() && len > 0 {
-            true => would_block_is_none(socket::send(self.as_fd(), data))?,
-            false => 0,
+        let written = if self.buffer.is_empty() && len > 0 {
+            would_block_is_none(socket::send(self.as_fd(), data))?
+        } else {
+            0
         };
         if written < len {
             self.buffer.push(data, written);

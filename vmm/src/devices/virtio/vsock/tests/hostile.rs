@@ -135,6 +135,7 @@ fn opening_and_resetting_without_reading_grows_nothing() {
         guest.connections.lock().unwrap().clear();
     }
     assert_eq!(guest.counter("connections_open"), 0);
+    assert_eq!(guest.device.waiting(), 0);
     guest.fill_rx(QUEUE_SIZE);
     guest.assert_quiet();
 }
