@@ -106,7 +106,7 @@ async fn program(
             };
             match sent.input.unwrap() {
                 process_input::Input::Stdin(bytes) => {
-                    say(exec_response::Event::Stdout(bytes)).await
+                    say(exec_response::Event::Stdout(bytes)).await;
                 }
                 process_input::Input::Signal(signal) => {
                     status = exited::Status::Signal(signal);
@@ -118,7 +118,7 @@ async fn program(
         "sleep" => std::future::pending().await,
         "panic" => {
             machine.panic().await;
-            std::future::pending().await
+            std::future::pending::<()>().await;
         }
         "poweroff" => machine.exit(Reason::PoweredOff).await,
         _ => {}
