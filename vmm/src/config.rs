@@ -6,10 +6,8 @@ use std::os::unix::net::UnixListener;
 
 use soulbox_proto::vmm::v1;
 
+use crate::devices::virtio::block::BLOCK_BYTES;
 use crate::machine::layout;
-
-/// Disks are made of blocks of this many bytes.
-const BLOCK_BYTES: u64 = 4096;
 
 /// The fewest and the most vCPUs of a machine.
 pub const VCPU_COUNT: std::ops::RangeInclusive<u32> = 1..=32;

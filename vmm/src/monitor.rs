@@ -150,6 +150,7 @@ impl Monitor {
         let mut machine =
             Machine::new(parts, origin, console.clone(), sender, stages).map_err(build)?;
         let epoll = epoll::create(epoll::CreateFlags::CLOEXEC).map_err(|error| host(&error))?;
+        crate::jail::seal().map_err(|error| host(&error))?;
         let started_at_ns = machine.start().map_err(build)?;
         stages.mark("start");
         let monitor = Self {

@@ -19,7 +19,9 @@ use crate::devices::panic::PanicDevice;
 use crate::devices::power::{self, PowerDevice};
 use crate::devices::serial::SerialDevice;
 use crate::devices::virtio::VirtioDevice;
+use crate::devices::virtio::block::BlockError;
 use crate::devices::virtio::mmio::VirtioMmio;
+use crate::devices::virtio::vsock::NewVsockError;
 use crate::devices::{Device, Place};
 use crate::events::EventSender;
 use crate::memory::{self, GuestMemory};
@@ -88,9 +90,9 @@ pub enum BuildError {
     #[error(transparent)]
     Acpi(#[from] acpi::AcpiError),
     #[error(transparent)]
-    Disk(#[from] backends::DiskError),
-    #[error("the vsock device could not be made")]
-    Vsock(#[source] io::Error),
+    Disk(#[from] BlockError),
+    #[error(transparent)]
+    Vsock(#[from] NewVsockError),
     #[error(transparent)]
     Generation(#[from] GenerationError),
     #[error(transparent)]
@@ -136,10 +138,11 @@ impl Machine {
             list.add_virtio(name, backends::block(disk)?, &memory)?;
         }
         if let Some(vsock) = vsock {
-            let chip = backends::vsock(vsock, events.try_clone().map_err(BuildError::EventFd)?)
-                .map_err(BuildError::Vsock)?;
+            let events = events.try_clone().map_err(BuildError::EventFd)?;
+            let chip = backends::vsock(vsock, events)?;
             list.add_virtio("vsock".into(), chip, &memory)?;
         }
+        list.add_virtio("rng".into(), backends::rng(), &memory)?;
         let (devices, bus) = list.connect(&vm)?;
         stages.mark("devices");
 

@@ -151,22 +151,22 @@ impl VirtioMmio {
             reg::VIRTIO_MMIO_INTERRUPT_ACK => self.interrupt.acknowledge(value),
             reg::VIRTIO_MMIO_STATUS => self.write_status(value),
             reg::VIRTIO_MMIO_QUEUE_DESC_LOW => {
-                self.set_address(Queue::set_desc_table_address, value, false)
+                self.set_address(Queue::set_desc_table_address, value, false);
             }
             reg::VIRTIO_MMIO_QUEUE_DESC_HIGH => {
-                self.set_address(Queue::set_desc_table_address, value, true)
+                self.set_address(Queue::set_desc_table_address, value, true);
             }
             reg::VIRTIO_MMIO_QUEUE_AVAIL_LOW => {
-                self.set_address(Queue::set_avail_ring_address, value, false)
+                self.set_address(Queue::set_avail_ring_address, value, false);
             }
             reg::VIRTIO_MMIO_QUEUE_AVAIL_HIGH => {
-                self.set_address(Queue::set_avail_ring_address, value, true)
+                self.set_address(Queue::set_avail_ring_address, value, true);
             }
             reg::VIRTIO_MMIO_QUEUE_USED_LOW => {
-                self.set_address(Queue::set_used_ring_address, value, false)
+                self.set_address(Queue::set_used_ring_address, value, false);
             }
             reg::VIRTIO_MMIO_QUEUE_USED_HIGH => {
-                self.set_address(Queue::set_used_ring_address, value, true)
+                self.set_address(Queue::set_used_ring_address, value, true);
             }
             // QueueNotify goes to KVM's ioeventfd; what comes here is a notify
             // of a queue that does not exist, or of a width KVM does not match.

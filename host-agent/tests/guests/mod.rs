@@ -1,0 +1,177 @@
+//! What real guests must do, by subject, and the fixture they share.
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+use std::sync::{LazyLock, Mutex};
+
+use anyhow::{Context, Result, ensure};
+
+use crate::support::{Daemon, Host};
+
+mod faults;
+mod lifecycle;
+mod programs;
+
+type Test = (&'static str, fn() -> Result<()>);
+
+/// All tests, the cheap ones first.
+pub const ALL: &[Test] = &[
+    ("python_and_node_run", programs::python_and_node_run),
+    (
+        "exit_codes_are_the_programs",
+        programs::exit_codes_are_the_programs,
+    ),
+    (
+        "programs_that_cannot_start",
+        programs::programs_that_cannot_start,
+    ),
+    (
+        "streams_are_apart_and_stdin_ends",
+        programs::streams_are_apart_and_stdin_ends,
+    ),
+    (
+        "arguments_and_environment_are_bytes",
+        programs::arguments_and_environment_are_bytes,
+    ),
+    (
+        "the_root_is_writable_and_the_users_own",
+        programs::the_root_is_writable_and_the_users_own,
+    ),
+    (
+        "out_of_memory_kills_the_program_only",
+        programs::out_of_memory_kills_the_program_only,
+    ),
+    (
+        "a_client_that_goes_takes_its_program_along",
+        programs::a_client_that_goes_takes_its_program_along,
+    ),
+    (
+        "a_gibibyte_of_output_in_bounded_memory",
+        programs::a_gibibyte_of_output_in_bounded_memory,
+    ),
+    (
+        "machines_have_the_shape_asked_for",
+        lifecycle::machines_have_the_shape_asked_for,
+    ),
+    ("a_bzimage_boots_too", lifecycle::a_bzimage_boots_too),
+    (
+        "a_request_id_makes_one_sandbox",
+        lifecycle::a_request_id_makes_one_sandbox,
+    ),
+    ("a_time_to_live_ends", lifecycle::a_time_to_live_ends),
+    ("run_leaves_nothing", lifecycle::run_leaves_nothing),
+    (
+        "a_guest_panic_fails_the_sandbox",
+        faults::a_guest_panic_fails_the_sandbox,
+    ),
+    (
+        "a_killed_monitor_ends_its_calls",
+        faults::a_killed_monitor_ends_its_calls,
+    ),
+    ("sigterm_drains_and_stops", faults::sigterm_drains_and_stops),
+    (
+        "a_killed_daemon_is_followed_by_one_that_adopts",
+        faults::a_killed_daemon_is_followed_by_one_that_adopts,
+    ),
+    (
+        "what_cannot_be_adopted_is_cleaned_up",
+        faults::what_cannot_be_adopted_is_cleaned_up,
+    ),
+];
+
+/// Small sandboxes, and time enough where everything is emulated.
+const CONFIG: &str = "[capacity]\nvcpus = 64\n[defaults]\nmemory_mib = 256\n\
+    [timeouts]\nboot_ms = 120000\nclean_stop_ms = 20000\n";
+
+/// A host of a test's own, with real templates.
+pub fn host(extra: &str) -> Host {
+    let (templates, monitor) = (template_dir(), monitor());
+    Host::with_paths(
+        &[("template_dir", &templates), ("monitor", &monitor)],
+        &format!("{CONFIG}{extra}"),
+    )
+}
+
+pub fn template_dir() -> PathBuf {
+    let cache = std::env::var_os("SOULBOX_CACHE")
+        .map(PathBuf::from)
+        .unwrap_or_else(|| {
+            let base = std::env::var_os("XDG_CACHE_HOME").map(PathBuf::from);
+            let home = std::env::var_os("HOME")
+                .map(PathBuf::from)
+                .unwrap_or_default();
+            base.unwrap_or_else(|| home.join(".cache")).join("soulbox")
+        });
+    cache.join("templates/current")
+}
+
+/// The monitor beside the daemon; `cargo test` of the workspace builds it.
+pub fn monitor() -> PathBuf {
+    Path::new(env!("CARGO_BIN_EXE_soulboxd")).with_file_name("soulbox-vmm")
+}
+
+/// A sandbox that many tests look into.
+pub struct Shared {
+    pub host: Host,
+    pub daemon: Daemon,
+    pub id: String,
+}
+
+/// Starts the shared sandbox on first use. Tests that use it run one at a time,
+/// so that none sees what another leaves running.
+pub fn shared() -> impl std::ops::Deref<Target = Shared> {
+    static SHARED: LazyLock<Mutex<Shared>> = LazyLock::new(|| {
+        let host = host("");
+        let daemon = host.start();
+        let id = create(&host, &[]).unwrap();
+        Mutex::new(Shared { host, daemon, id })
+    });
+    SHARED
+        .lock()
+        .unwrap_or_else(std::sync::PoisonError::into_inner)
+}
+
+/// `soulbox create`; the new sandbox's id.
+pub fn create(host: &Host, options: &[&str]) -> Result<String> {
+    let args = [&["create"], options].concat();
+    Ok(succeed(host.soulbox(&args))?.trim().to_owned())
+}
+
+/// `soulbox exec` of a shell line as root.
+pub fn sh(host: &Host, id: &str, line: &str) -> Output {
+    host.soulbox(&["exec", "--user", "root", id, "--", "sh", "-c", line])
+}
+
+/// The standard output of a command that has to succeed.
+pub fn succeed(output: Output) -> Result<String> {
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    ensure!(output.status.success(), "{}: {stderr}", output.status);
+    String::from_utf8(output.stdout).context("output is UTF-8")
+}
+
+/// `soulbox` in the background.
+pub fn soulbox(host: &Host, args: &[&str]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_soulbox"));
+    command
+        .env("SOULBOX_HOST", format!("unix:{}", host.socket().display()))
+        .args(args)
+        .stdin(Stdio::null());
+    command
+}
+
+/// Tries until it holds or patience is over.
+pub fn eventually(what: &str, mut holds: impl FnMut() -> Result<bool>) -> Result<()> {
+    let deadline = std::time::Instant::now() + crate::support::PATIENCE;
+    while !holds()? {
+        ensure!(std::time::Instant::now() < deadline, "never: {what}");
+        std::thread::sleep(std::time::Duration::from_millis(50));
+    }
+    Ok(())
+}
+
+/// A field of /proc/PID/status, in KiB.
+pub fn status_kib(status: &str, field: &str) -> Result<u64> {
+    let line = status.lines().find_map(|line| line.strip_prefix(field));
+    let value = line.and_then(|line| line.split_whitespace().next());
+    Ok(value.with_context(|| format!("no {field}"))?.parse()?)
+}
