@@ -64,7 +64,7 @@ async fn run(config: Config) -> anyhow::Result<()> {
 
     let drain_limit = config.timeouts.drain();
     let on_shutdown = config.shutdown.sandboxes;
-    let (pool, summary) = Pool::open(config, monitor, capacity).await?;
+    let (pool, summary) = Pool::open(config, facts, monitor, capacity).await?;
     tracing::info!(
         adopted = summary.adopted,
         failed = summary.failed,
@@ -77,7 +77,7 @@ async fn run(config: Config) -> anyhow::Result<()> {
         tracing::warn!(%error, "no sandbox can be made yet");
     }
 
-    let services = Services::start(&pool, facts, listeners).await?;
+    let services = Services::start(&pool, listeners).await?;
     notify(&[NotifyState::Ready]);
     tracing::info!(
         vcpus = capacity.vcpus,

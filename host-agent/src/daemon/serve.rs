@@ -16,7 +16,6 @@ use tonic::transport::Server;
 use tonic_health::server::HealthReporter;
 
 use super::listen::{Listeners, SocketFile};
-use crate::host::HostFacts;
 use crate::sandbox::Pool;
 use crate::service::{NodeApi, SandboxApi};
 
@@ -40,11 +39,7 @@ pub(super) struct Services {
 // === impl Services ===
 
 impl Services {
-    pub(super) async fn start(
-        pool: &Arc<Pool>,
-        facts: HostFacts,
-        listeners: Listeners,
-    ) -> anyhow::Result<Self> {
+    pub(super) async fn start(pool: &Arc<Pool>, listeners: Listeners) -> anyhow::Result<Self> {
         let calls = TaskTracker::new();
         let stopping = CancellationToken::new();
         let closing = CancellationToken::new();
@@ -53,7 +48,7 @@ impl Services {
             calls.clone(),
             stopping.clone(),
         ));
-        let node = NodeServiceServer::new(NodeApi::new(Arc::clone(pool), Arc::new(facts)));
+        let node = NodeServiceServer::new(NodeApi::new(Arc::clone(pool)));
         let (health, health_server) = tonic_health::server::health_reporter();
         health
             .set_serving::<SandboxServiceServer<SandboxApi>>()

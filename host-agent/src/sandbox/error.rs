@@ -63,10 +63,11 @@ pub enum StartError {
     #[error("{}", .0.message)]
     Ended(Failure),
     #[error(
-        "the guest made no ready-call within {timeout_ms} ms; see the console's last lines, or raise timeouts.boot_ms"
+        "the guest made no ready-call within {timeout_ms} ms; {}", too_slow(*.hardware_virtualization)
     )]
     BootTimeout {
         timeout_ms: u64,
+        hardware_virtualization: bool,
         console_tail: String,
     },
     #[error("the guest's agent failed to {step}: {message}")]
@@ -105,6 +106,16 @@ pub enum UseError {
     Died { id: SandboxId, failure: Failure },
     #[error("sandbox {id} was deleted during the call")]
     Deleted { id: SandboxId },
+}
+
+/// What to do about a guest that does not come up. A KVM without hardware under
+/// it may run a guest kernel, but far too slowly.
+fn too_slow(hardware_virtualization: bool) -> &'static str {
+    if hardware_virtualization {
+        "see the console's last lines, or raise timeouts.boot_ms"
+    } else {
+        "this host's CPU shows neither vmx nor svm, so its KVM can hardly run guest kernels: use one that does, or start soulboxd through the launcher images/bench/run, which nests it"
+    }
 }
 
 fn fields(violations: &[FieldViolation]) -> String {

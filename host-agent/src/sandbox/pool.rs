@@ -18,6 +18,7 @@ use super::registry::{Registry, Subscription, View};
 use super::requests::Requests;
 use crate::admission::{Admission, Amounts};
 use crate::config::Config;
+use crate::host::HostFacts;
 use crate::id::SandboxId;
 use crate::kvm::KvmDevice;
 use crate::record::SandboxRecord;
@@ -42,6 +43,7 @@ pub enum OpenPoolError {
 #[derive(Debug)]
 pub struct Pool {
     pub(super) config: Config,
+    pub(super) facts: HostFacts,
     pub(super) monitor_binary: PathBuf,
     pub(super) store: Store,
     pub(super) admission: Arc<Admission>,
@@ -64,6 +66,7 @@ impl Pool {
     /// state before anybody can ask for it.
     pub async fn open(
         config: Config,
+        facts: HostFacts,
         monitor_binary: PathBuf,
         capacity: Amounts,
     ) -> Result<(Arc<Self>, Summary), OpenPoolError> {
@@ -83,6 +86,7 @@ impl Pool {
             leaving: CancellationToken::new(),
             draining: AtomicBool::new(false),
             config,
+            facts,
             monitor_binary,
             store,
         });
@@ -93,6 +97,10 @@ impl Pool {
 
     pub fn config(&self) -> &Config {
         &self.config
+    }
+
+    pub fn facts(&self) -> &HostFacts {
+        &self.facts
     }
 
     pub fn admission(&self) -> &Admission {

@@ -241,6 +241,7 @@ mod tests {
     use super::*;
     use crate::admission::Amounts;
     use crate::config::{Config, Paths};
+    use crate::host::HostFacts;
     use crate::record::tests::sample;
     use crate::record::{MonitorIdentity, RequestRecord};
     use crate::sandbox::files::SandboxFiles;
@@ -301,9 +302,14 @@ mod tests {
             store.commit(changes).await.unwrap();
         }
 
-        let (pool, summary) = Pool::open(config.clone(), "/none".into(), CAPACITY)
-            .await
-            .unwrap();
+        let (pool, summary) = Pool::open(
+            config.clone(),
+            HostFacts::default(),
+            "/none".into(),
+            CAPACITY,
+        )
+        .await
+        .unwrap();
         assert_eq!(
             summary,
             Summary {

@@ -71,6 +71,7 @@ impl Actor {
             Err(_) => {
                 return Err(StartError::BootTimeout {
                     timeout_ms,
+                    hardware_virtualization: self.pool.facts.hardware_virtualization,
                     console_tail: self.console_tail().await,
                 });
             }

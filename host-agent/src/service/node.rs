@@ -7,30 +7,27 @@ use soulbox_proto::host::v1::{self as proto};
 use tonic::{Request, Response, Status};
 
 use super::convert;
-use crate::host::HostFacts;
 use crate::sandbox::Pool;
 use crate::time::UnixMillis;
 
 #[derive(Debug, Clone)]
 pub struct NodeApi {
     pool: Arc<Pool>,
-    facts: Arc<HostFacts>,
     started_at: UnixMillis,
 }
 
 // === impl NodeApi ===
 
 impl NodeApi {
-    pub fn new(pool: Arc<Pool>, facts: Arc<HostFacts>) -> Self {
+    pub fn new(pool: Arc<Pool>) -> Self {
         Self {
             pool,
-            facts,
             started_at: UnixMillis::now(),
         }
     }
 
     fn kvm(&self) -> proto::KvmFacts {
-        let hardware_virtualization = self.facts.hardware_virtualization;
+        let hardware_virtualization = self.pool.facts().hardware_virtualization;
         match self.pool.kvm().get() {
             Ok(kvm) => proto::KvmFacts {
                 usable: true,
@@ -54,17 +51,17 @@ impl NodeService for NodeApi {
         &self,
         _request: Request<proto::GetNodeRequest>,
     ) -> Result<Response<proto::GetNodeResponse>, Status> {
-        let admission = self.pool.admission();
+        let (admission, facts) = (self.pool.admission(), self.pool.facts());
         let node = proto::Node {
-            hostname: self.facts.hostname.clone(),
+            hostname: facts.hostname.clone(),
             version: env!("CARGO_PKG_VERSION").to_owned(),
             start_time: Some(self.started_at.into()),
             capacity: Some(convert::amounts(admission.capacity())),
             allocatable: Some(convert::amounts(admission.allocatable())),
             sandboxes: u32::try_from(self.pool.len()).unwrap_or(u32::MAX),
             kvm: Some(self.kvm()),
-            kernel_release: self.facts.kernel_release.clone(),
-            cpu_model: self.facts.cpu_model.clone(),
+            kernel_release: facts.kernel_release.clone(),
+            cpu_model: facts.cpu_model.clone(),
             draining: self.pool.is_draining(),
         };
         Ok(Response::new(proto::GetNodeResponse { node: Some(node) }))
