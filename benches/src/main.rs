@@ -6,6 +6,7 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
+mod boot;
 mod floor;
 mod monitor;
 mod report;
@@ -27,12 +28,15 @@ struct Cli {
 enum Bench {
     /// The monitor with tiny guests, beside the bare sequence of ioctls
     Vmm(vmm::Options),
+    /// A Linux guest's cold boot, beside the same kernel with a bare init
+    Boot(boot::Options),
 }
 
 fn main() -> anyhow::Result<ExitCode> {
     let cli = Cli::parse();
     let report = match cli.bench {
         Bench::Vmm(options) => vmm::run(&options)?,
+        Bench::Boot(options) => boot::run(&options)?,
     };
     report.write(cli.json.as_deref())?;
     Ok(if report.promises_kept() {

@@ -6,6 +6,7 @@ use std::path::Path;
 
 use anyhow::{Context, Result};
 use comfy_table::{CellAlignment, Table};
+use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
 
 /// What one bench found.
@@ -93,6 +94,12 @@ impl Row {
         self.of_floor = Some(self.p50 / floor.p50);
         self
     }
+}
+
+/// A bar that counts rounds, on standard error.
+pub(crate) fn progress(rounds: u64) -> Result<ProgressBar> {
+    let style = ProgressStyle::with_template("{elapsed:>4} {bar:40} {pos}/{len} rounds")?;
+    Ok(ProgressBar::new(rounds).with_style(style))
 }
 
 /// The smallest sample that at least `q` of the sorted samples do not exceed.

@@ -6,13 +6,12 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use indicatif::{ProgressBar, ProgressStyle};
 use soulbox_proto::vmm::v1::{self, reply::Result as Reply, request::Op};
 use soulbox_vmm::machine::layout::COM1_PORT;
 use soulbox_vmm::testing::{BootSpec, Monitor, code, tiny_guest};
 
 use crate::floor;
-use crate::report::{Host, Promise, Report, Row};
+use crate::report::{Host, Promise, Report, Row, progress};
 
 const MEMORY_MIB: u32 = 128;
 
@@ -41,9 +40,7 @@ pub(crate) fn run(options: &Options) -> Result<Report> {
     let kvm = floor::open_kvm()?;
     let guest = tiny_guest(&[&code::out(COM1_PORT, b'.')[..], &code::HALT].concat());
 
-    let bar = ProgressBar::new(u64::from(options.runs)).with_style(ProgressStyle::with_template(
-        "{elapsed:>4} {bar:40} {pos}/{len} rounds",
-    )?);
+    let bar = progress(u64::from(options.runs))?;
     let mut samples = Samples::default();
     // The first rounds warm the page cache and the allocator's; they are not kept.
     let warm_up = 5;

@@ -2,6 +2,8 @@
 //! capability, every path (Landlock), and every system call it does not need
 //! (seccomp). All it may touch comes later, as descriptors.
 
+use std::os::fd::AsRawFd;
+
 use landlock::{ABI, Access, AccessFs, AccessNet, CompatLevel, Compatible, Ruleset, RulesetAttr};
 use rustix::thread::{CapabilitySet, CapabilitySets};
 use seccompiler::{
@@ -82,6 +84,7 @@ const ALLOWED: &[libc::c_long] = &[
     libc::SYS_tgkill,
     libc::SYS_gettid,
     libc::SYS_getpid,
+    libc::SYS_seccomp,
     libc::SYS_exit,
     libc::SYS_exit_group,
     libc::SYS_restart_syscall,
@@ -106,9 +109,11 @@ pub enum JailError {
     Install(#[source] seccompiler::Error),
 }
 
-/// Gives it all up, for this thread and every thread it starts. There is one
-/// thread when this is called.
-pub fn enter() -> Result<(), JailError> {
+/// Gives it all up, for this thread and every thread it starts, and closes every
+/// inherited descriptor but the standard streams and `control`. There is one
+/// thread when this is called, and nothing has been opened.
+pub fn enter(control: &impl AsRawFd) -> Result<(), JailError> {
+    crate::sys::close_inherited(control.as_raw_fd());
     crate::sys::use_one_malloc_arena();
     rustix::thread::set_no_new_privs(true).map_err(JailError::NoNewPrivileges)?;
     deny_paths().map_err(JailError::Landlock)?;
@@ -173,15 +178,17 @@ fn filter() -> Result<BpfProgram, BackendError> {
     );
     let unix = argument(0, SeccompCmpOp::Eq, libc::AF_UNIX as u64)?;
     rules.insert(libc::SYS_socketpair, vec![SeccompRule::new(vec![unix])?]);
-    // Naming threads; finding the vDSO's clock.
-    let set_name = argument(0, SeccompCmpOp::Eq, libc::PR_SET_NAME as u64)?;
-    let get_auxv = argument(0, SeccompCmpOp::Eq, PR_GET_AUXV)?;
+    // Naming threads; finding the vDSO's clock; and, with seccomp(2) above, the
+    // second filter: filters can only be added to.
+    let prctls = [
+        libc::PR_SET_NAME as u64,
+        PR_GET_AUXV,
+        libc::PR_SET_NO_NEW_PRIVS as u64,
+    ];
+    let prctl = |option| SeccompRule::new(vec![argument(0, SeccompCmpOp::Eq, option)?]);
     rules.insert(
         libc::SYS_prctl,
-        vec![
-            SeccompRule::new(vec![set_name])?,
-            SeccompRule::new(vec![get_auxv])?,
-        ],
+        prctls.into_iter().map(prctl).collect::<Result<_, _>>()?,
     );
     SeccompFilter::new(
         rules,

@@ -48,7 +48,7 @@ fn main() -> ExitCode {
         eprintln!("soulbox-vmm: descriptor {control} is not a socket; start it through soulboxd");
         return ExitCode::from(2);
     };
-    if let Err(error) = jail::enter() {
+    if let Err(error) = jail::enter(&control) {
         eprintln!("soulbox-vmm: {}", error_chain(&error));
         return ExitCode::FAILURE;
     }

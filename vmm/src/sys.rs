@@ -1,7 +1,8 @@
-//! Small bridges: to descriptors of crates that predate `AsFd`, and to malloc.
+//! Small bridges: to descriptors of crates that predate `AsFd`, to malloc, and
+//! to close_range(2).
 #![allow(unsafe_code)]
 
-use std::os::fd::{AsRawFd, BorrowedFd};
+use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
 
 use vmm_sys_util::eventfd::EventFd;
 
@@ -20,3 +21,22 @@ pub(crate) fn use_one_malloc_arena() {
     // before there is a second thread.
     unsafe { libc::mallopt(libc::M_ARENA_MAX, 1) };
 }
+
+/// Closes every descriptor above standard error but `keep`: what a parent left
+/// open by mistake is not the monitor's to have. Called before anything is
+/// opened here.
+pub(crate) fn close_inherited(keep: RawFd) {
+    let keep = keep.unsigned_abs();
+    let close = |first: u32, last: u32| {
+        if first <= last {
+            // SAFETY: no descriptor of this process has an owner yet but the
+            // standard streams and `keep`, which are outside the range.
+            unsafe { libc::close_range(first, last, 0) };
+        }
+    };
+    close(FIRST_INHERITED, keep.saturating_sub(1));
+    close(keep.saturating_add(1).max(FIRST_INHERITED), u32::MAX);
+}
+
+/// The first descriptor after standard input, output and error.
+const FIRST_INHERITED: u32 = 3;

@@ -26,7 +26,7 @@ pub const EM_X86_64: u16 = 62;
 pub const TINY_ENTRY: u64 = 0x10_0000;
 
 /// How long a monitor may take to answer before a test gives up on it.
-const PATIENCE: Duration = Duration::from_secs(30);
+const PATIENCE: Duration = Duration::from_secs(120);
 
 /// A monitor process and the control connection to it. Dropping it kills and
 /// reaps the process.

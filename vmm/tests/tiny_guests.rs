@@ -227,10 +227,21 @@ fn a_boot_that_cannot_be_is_refused_in_words() -> Result<()> {
 /// What it is given is all it has: it can open nothing, whatever happens in it.
 #[test]
 fn the_monitor_is_jailed() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let stray = std::fs::File::create(folder.path().join("stray"))?;
+    rustix::io::fcntl_setfd(&stray, rustix::io::FdFlags::empty())?;
     let mut monitor = monitor()?;
     monitor
         .control()
         .boot(BootSpec::new(1, 128, &guest(&[&code::SPIN]))?)?;
+    // What a client left open by mistake does not come along.
+    let links = std::fs::read_dir(format!("/proc/{}/fd", monitor.pid()))?
+        .map(|entry| std::fs::read_link(entry?.path()))
+        .collect::<std::io::Result<Vec<_>>>()?;
+    ensure!(
+        !links.iter().any(|link| link.ends_with("stray")),
+        "{links:?}"
+    );
     let status = std::fs::read_to_string(format!("/proc/{}/status", monitor.pid()))?;
     let field = |name: &str| {
         status

@@ -6,13 +6,13 @@ use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-use command_fds::{CommandFdExt as _, FdMapping};
-
 use super::process::{MonitorProcess, ProcessError};
 use super::socket::ControlSocket;
 
-/// The number under which the monitor inherits its control socket.
-const CONTROL_FD: i32 = 3;
+/// The number under which the monitor inherits its control socket: its standard
+/// input, so that the standard library starts it with posix_spawn(3), which
+/// copies no page tables of a large daemon.
+const CONTROL_FD: i32 = 0;
 
 #[derive(Debug, thiserror::Error)]
 pub enum SpawnError {
@@ -43,16 +43,10 @@ pub fn spawn(binary: &Path, log: File) -> Result<(MonitorProcess, ControlSocket)
         .arg(CONTROL_FD.to_string())
         .env_clear()
         .current_dir("/")
-        .stdin(Stdio::null())
+        .stdin(Stdio::from(theirs))
         .stdout(log)
         .stderr(stderr)
         .process_group(0);
-    command
-        .fd_mappings(vec![FdMapping {
-            parent_fd: theirs,
-            child_fd: CONTROL_FD,
-        }])
-        .map_err(|collision| socket(io::Error::other(collision)))?;
     let child = command.spawn().map_err(|source| {
         let binary = binary.to_owned();
         match source.kind() {
@@ -84,14 +78,14 @@ mod tests {
         // Prints its surroundings, then waits for the control socket's end.
         let binary = script(
             folder.path(),
-            "#!/bin/sh\necho \"args $*\"\nreadlink /proc/$$/fd/0 /proc/$$/fd/3\npwd\nreadlink /proc/$$/fd/* | grep -c '^socket:'\nexec cat <&3\n",
+            "#!/bin/sh\necho \"args $*\"\nreadlink /proc/$$/fd/0\npwd\nreadlink /proc/$$/fd/* | grep -c '^socket:'\nexec cat\n",
         );
         let (mut process, socket) = spawn(&binary, File::create(&log).unwrap()).unwrap();
         drop(socket);
         process.ended().await;
         let told = std::fs::read_to_string(&log).unwrap();
         assert!(
-            told.starts_with("args --control-fd 3\n/dev/null\nsocket:["),
+            told.starts_with("args --control-fd 0\nsocket:["),
             "{told}"
         );
         // Its end of the control socket is the only socket.

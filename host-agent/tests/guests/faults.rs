@@ -9,7 +9,7 @@ use rustix::process::{Pid, Signal, kill_process};
 
 use super::{create, eventually, host, sh, soulbox, succeed};
 
-pub fn a_guest_panic_fails_the_sandbox() -> Result<()> {
+pub(crate) fn a_guest_panic_fails_the_sandbox() -> Result<()> {
     let host = host("");
     let _daemon = host.start();
     let id = create(&host, &[])?;
@@ -31,7 +31,7 @@ pub fn a_guest_panic_fails_the_sandbox() -> Result<()> {
     Ok(())
 }
 
-pub fn a_killed_monitor_ends_its_calls() -> Result<()> {
+pub(crate) fn a_killed_monitor_ends_its_calls() -> Result<()> {
     let host = host("");
     let _daemon = host.start();
     let id = create(&host, &[])?;
@@ -68,7 +68,7 @@ pub fn a_killed_monitor_ends_its_calls() -> Result<()> {
     Ok(())
 }
 
-pub fn sigterm_drains_and_stops() -> Result<()> {
+pub(crate) fn sigterm_drains_and_stops() -> Result<()> {
     let host = host("[shutdown]\nsandboxes = \"stop\"\n");
     let mut daemon = host.start();
     let id = create(&host, &[])?;
@@ -101,7 +101,7 @@ pub fn sigterm_drains_and_stops() -> Result<()> {
     Ok(())
 }
 
-pub fn a_killed_daemon_is_followed_by_one_that_adopts() -> Result<()> {
+pub(crate) fn a_killed_daemon_is_followed_by_one_that_adopts() -> Result<()> {
     let host = host("");
     let mut daemon = host.start();
     let id = create(&host, &[])?;
@@ -122,7 +122,7 @@ pub fn a_killed_daemon_is_followed_by_one_that_adopts() -> Result<()> {
     Ok(())
 }
 
-pub fn what_cannot_be_adopted_is_cleaned_up() -> Result<()> {
+pub(crate) fn what_cannot_be_adopted_is_cleaned_up() -> Result<()> {
     let host = host("");
     let mut daemon = host.start();
     let id = create(&host, &[])?;

@@ -4,7 +4,7 @@ use anyhow::{Context, Result, ensure};
 
 use super::{create, eventually, host, sh, shared, succeed, template_dir};
 
-pub fn machines_have_the_shape_asked_for() -> Result<()> {
+pub(crate) fn machines_have_the_shape_asked_for() -> Result<()> {
     let s = shared();
     let id = create(
         &s.host,
@@ -44,7 +44,7 @@ pub fn machines_have_the_shape_asked_for() -> Result<()> {
     Ok(())
 }
 
-pub fn a_bzimage_boots_too() -> Result<()> {
+pub(crate) fn a_bzimage_boots_too() -> Result<()> {
     // The template's folder links its kernel; the kernel's cache has both forms.
     let base = template_dir().join("base");
     let bzimage = base.join("bzImage");
@@ -74,7 +74,7 @@ pub fn a_bzimage_boots_too() -> Result<()> {
     Ok(())
 }
 
-pub fn a_request_id_makes_one_sandbox() -> Result<()> {
+pub(crate) fn a_request_id_makes_one_sandbox() -> Result<()> {
     let s = shared();
     let options = ["--request-id", "once", "--label", "test=once"];
     let first = create(&s.host, &options)?;
@@ -92,7 +92,7 @@ pub fn a_request_id_makes_one_sandbox() -> Result<()> {
     Ok(())
 }
 
-pub fn a_time_to_live_ends() -> Result<()> {
+pub(crate) fn a_time_to_live_ends() -> Result<()> {
     let s = shared();
     let id = create(&s.host, &["--ttl", "20s"])?;
     eventually("the sandbox is deleted when its time is over", || {
@@ -100,7 +100,7 @@ pub fn a_time_to_live_ends() -> Result<()> {
     })
 }
 
-pub fn run_leaves_nothing() -> Result<()> {
+pub(crate) fn run_leaves_nothing() -> Result<()> {
     let host = host("");
     let mut daemon = host.start();
     let output = host.soulbox(&[

@@ -15,7 +15,7 @@ mod programs;
 type Test = (&'static str, fn() -> Result<()>);
 
 /// All tests, the cheap ones first.
-pub const ALL: &[Test] = &[
+pub(crate) const ALL: &[Test] = &[
     ("python_and_node_run", programs::python_and_node_run),
     (
         "exit_codes_are_the_programs",
@@ -84,7 +84,7 @@ const CONFIG: &str = "[capacity]\nvcpus = 64\n[defaults]\nmemory_mib = 256\n\
     [timeouts]\nboot_ms = 120000\nclean_stop_ms = 20000\n";
 
 /// A host of a test's own, with real templates.
-pub fn host(extra: &str) -> Host {
+pub(crate) fn host(extra: &str) -> Host {
     let (templates, monitor) = (template_dir(), monitor());
     Host::with_paths(
         &[("template_dir", &templates), ("monitor", &monitor)],
@@ -92,7 +92,7 @@ pub fn host(extra: &str) -> Host {
     )
 }
 
-pub fn template_dir() -> PathBuf {
+pub(crate) fn template_dir() -> PathBuf {
     let cache = std::env::var_os("SOULBOX_CACHE")
         .map(PathBuf::from)
         .unwrap_or_else(|| {
@@ -106,20 +106,20 @@ pub fn template_dir() -> PathBuf {
 }
 
 /// The monitor beside the daemon; `cargo test` of the workspace builds it.
-pub fn monitor() -> PathBuf {
+pub(crate) fn monitor() -> PathBuf {
     Path::new(env!("CARGO_BIN_EXE_soulboxd")).with_file_name("soulbox-vmm")
 }
 
 /// A sandbox that many tests look into.
-pub struct Shared {
-    pub host: Host,
-    pub daemon: Daemon,
-    pub id: String,
+pub(crate) struct Shared {
+    pub(crate) host: Host,
+    pub(crate) daemon: Daemon,
+    pub(crate) id: String,
 }
 
 /// Starts the shared sandbox on first use. Tests that use it run one at a time,
 /// so that none sees what another leaves running.
-pub fn shared() -> impl std::ops::Deref<Target = Shared> {
+pub(crate) fn shared() -> impl std::ops::Deref<Target = Shared> {
     static SHARED: LazyLock<Mutex<Shared>> = LazyLock::new(|| {
         let host = host("");
         let daemon = host.start();
@@ -132,25 +132,25 @@ pub fn shared() -> impl std::ops::Deref<Target = Shared> {
 }
 
 /// `soulbox create`; the new sandbox's id.
-pub fn create(host: &Host, options: &[&str]) -> Result<String> {
+pub(crate) fn create(host: &Host, options: &[&str]) -> Result<String> {
     let args = [&["create"], options].concat();
     Ok(succeed(host.soulbox(&args))?.trim().to_owned())
 }
 
 /// `soulbox exec` of a shell line as root.
-pub fn sh(host: &Host, id: &str, line: &str) -> Output {
+pub(crate) fn sh(host: &Host, id: &str, line: &str) -> Output {
     host.soulbox(&["exec", "--user", "root", id, "--", "sh", "-c", line])
 }
 
 /// The standard output of a command that has to succeed.
-pub fn succeed(output: Output) -> Result<String> {
+pub(crate) fn succeed(output: Output) -> Result<String> {
     let stderr = String::from_utf8_lossy(&output.stderr);
     ensure!(output.status.success(), "{}: {stderr}", output.status);
     String::from_utf8(output.stdout).context("output is UTF-8")
 }
 
 /// `soulbox` in the background.
-pub fn soulbox(host: &Host, args: &[&str]) -> Command {
+pub(crate) fn soulbox(host: &Host, args: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_soulbox"));
     command
         .env("SOULBOX_HOST", format!("unix:{}", host.socket().display()))
@@ -160,7 +160,7 @@ pub fn soulbox(host: &Host, args: &[&str]) -> Command {
 }
 
 /// Tries until it holds or patience is over.
-pub fn eventually(what: &str, mut holds: impl FnMut() -> Result<bool>) -> Result<()> {
+pub(crate) fn eventually(what: &str, mut holds: impl FnMut() -> Result<bool>) -> Result<()> {
     let deadline = std::time::Instant::now() + crate::support::PATIENCE;
     while !holds()? {
         ensure!(std::time::Instant::now() < deadline, "never: {what}");
@@ -170,7 +170,7 @@ pub fn eventually(what: &str, mut holds: impl FnMut() -> Result<bool>) -> Result
 }
 
 /// A field of /proc/PID/status, in KiB.
-pub fn status_kib(status: &str, field: &str) -> Result<u64> {
+pub(crate) fn status_kib(status: &str, field: &str) -> Result<u64> {
     let line = status.lines().find_map(|line| line.strip_prefix(field));
     let value = line.and_then(|line| line.split_whitespace().next());
     Ok(value.with_context(|| format!("no {field}"))?.parse()?)

@@ -8,7 +8,7 @@ use anyhow::{Context, Result, ensure};
 
 use super::{eventually, sh, shared, soulbox, status_kib, succeed};
 
-pub fn python_and_node_run() -> Result<()> {
+pub(crate) fn python_and_node_run() -> Result<()> {
     let s = shared();
     let python = s
         .host
@@ -26,7 +26,7 @@ pub fn python_and_node_run() -> Result<()> {
     Ok(())
 }
 
-pub fn exit_codes_are_the_programs() -> Result<()> {
+pub(crate) fn exit_codes_are_the_programs() -> Result<()> {
     let s = shared();
     for (line, code) in [
         ("exit 0", 0),
@@ -45,7 +45,7 @@ pub fn exit_codes_are_the_programs() -> Result<()> {
     Ok(())
 }
 
-pub fn programs_that_cannot_start() -> Result<()> {
+pub(crate) fn programs_that_cannot_start() -> Result<()> {
     let s = shared();
     for (args, code, says) in [
         (&["--", "no-such-program"][..], 127, "no-such-program"),
@@ -69,7 +69,7 @@ pub fn programs_that_cannot_start() -> Result<()> {
     Ok(())
 }
 
-pub fn streams_are_apart_and_stdin_ends() -> Result<()> {
+pub(crate) fn streams_are_apart_and_stdin_ends() -> Result<()> {
     let s = shared();
     let output = sh(&s.host, &s.id, "echo out; echo err >&2");
     assert_eq!(
@@ -100,7 +100,7 @@ pub fn streams_are_apart_and_stdin_ends() -> Result<()> {
     Ok(())
 }
 
-pub fn arguments_and_environment_are_bytes() -> Result<()> {
+pub(crate) fn arguments_and_environment_are_bytes() -> Result<()> {
     let s = shared();
     let odd = std::ffi::OsStr::from_bytes(b"\xff\xfe\x80 x");
     let output = soulbox(&s.host, &["exec", &s.id, "--", "printf", "%s"])
@@ -119,7 +119,7 @@ pub fn arguments_and_environment_are_bytes() -> Result<()> {
     Ok(())
 }
 
-pub fn the_root_is_writable_and_the_users_own() -> Result<()> {
+pub(crate) fn the_root_is_writable_and_the_users_own() -> Result<()> {
     let s = shared();
     let user = s.host.soulbox(&[
         "exec",
@@ -152,7 +152,7 @@ pub fn the_root_is_writable_and_the_users_own() -> Result<()> {
     Ok(())
 }
 
-pub fn out_of_memory_kills_the_program_only() -> Result<()> {
+pub(crate) fn out_of_memory_kills_the_program_only() -> Result<()> {
     let s = shared();
     let hungry = s.host.soulbox(&[
         "exec",
@@ -172,7 +172,7 @@ pub fn out_of_memory_kills_the_program_only() -> Result<()> {
     Ok(())
 }
 
-pub fn a_client_that_goes_takes_its_program_along() -> Result<()> {
+pub(crate) fn a_client_that_goes_takes_its_program_along() -> Result<()> {
     let s = shared();
     let line = "echo started; exec sleep 4321";
     let mut client = soulbox(&s.host, &["exec", &s.id, "--", "sh", "-c", line])
@@ -193,7 +193,7 @@ pub fn a_client_that_goes_takes_its_program_along() -> Result<()> {
     })
 }
 
-pub fn a_gibibyte_of_output_in_bounded_memory() -> Result<()> {
+pub(crate) fn a_gibibyte_of_output_in_bounded_memory() -> Result<()> {
     let s = shared();
     let mut client = soulbox(
         &s.host,
