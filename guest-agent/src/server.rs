@@ -3,6 +3,7 @@
 use std::convert::Infallible;
 use std::task::{Context, Poll};
 
+use soulbox_proto::guest::MAX_REQUEST_BYTES;
 use soulbox_proto::guest::v1::process_service_server::{
     ProcessServiceServer, SERVICE_NAME as PROCESS,
 };
@@ -19,9 +20,10 @@ use tonic::transport::server::{Connected, Server};
 use crate::exec::Processes;
 use crate::system::System;
 
-/// A request's limit. An argument list can have several megabytes; the kernel
-/// refuses those that are too long, and says so better.
-const MAX_REQUEST_BYTES: usize = 8 * 1024 * 1024;
+/// What a call may send before it is read. The window of its connection is the
+/// largest that HTTP/2 has: calls that nobody reads must not hold up the others.
+const STREAM_WINDOW_BYTES: u32 = 256 * 1024;
+const CONNECTION_WINDOW_BYTES: u32 = (1 << 31) - 1;
 
 /// Every service of the agent. Routes by name itself: a router for two names
 /// would bring a web framework into every snapshot.
@@ -52,6 +54,8 @@ impl Services {
         C: AsyncRead + AsyncWrite + Connected + Unpin + Send + 'static,
     {
         Server::builder()
+            .initial_stream_window_size(STREAM_WINDOW_BYTES)
+            .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
             .serve_with_incoming_shutdown(self, connections, stop)
             .await
     }

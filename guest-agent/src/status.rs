@@ -28,7 +28,9 @@ impl From<Violations> for Status {
             .map(|violation| format!("{} {}", violation.field, violation.description))
             .collect();
         let message = described.join("; ");
-        let details = ErrorDetails::with_bad_request(violations);
+        let mut details =
+            ErrorDetails::with_error_info("INVALID_REQUEST", ERROR_DOMAIN, HashMap::new());
+        details.set_bad_request(violations);
         Self::with_error_details(Code::InvalidArgument, message, details)
     }
 }
@@ -149,6 +151,12 @@ pub(crate) fn refused(code: Code, reason: &str, message: impl Into<String>) -> S
     Status::with_error_details(code, message, details)
 }
 
+/// What only a bug, or a guest without resources, can cause. With a reason, so that
+/// the host does not take it for a lost connection.
+pub(crate) fn internal(message: impl Into<String>) -> Status {
+    refused(Code::Internal, "INTERNAL", message)
+}
+
 fn is_file(name: &[u8]) -> bool {
     use std::os::unix::ffi::OsStrExt as _;
     let path = Path::new(std::ffi::OsStr::from_bytes(name));
@@ -183,5 +191,8 @@ mod tests {
             (0..100_000).map(|index| tonic_types::FieldViolation::new(format!("f{index}"), "x"));
         let status = Status::from(Violations(violations.collect()));
         assert!(status.message().len() + status.details().len() < 4096);
+        let details = status.get_error_details();
+        assert_eq!(details.error_info().unwrap().reason, "INVALID_REQUEST");
+        assert_eq!(details.bad_request().unwrap().field_violations.len(), 16);
     }
 }

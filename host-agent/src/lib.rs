@@ -25,4 +25,5 @@ pub mod status;
 pub mod store;
 mod sync;
 pub mod template;
+mod text;
 pub mod time;

@@ -22,6 +22,9 @@ const REQUESTS: TableDefinition<'_, &str, &[u8]> = TableDefinition::new("request
 /// Raised when an older daemon could no longer make sense of the tables.
 const SCHEMA_VERSION: u64 = 1;
 const SCHEMA_VERSION_KEY: &str = "schema_version";
+/// The highest `sequence` that a record has had: those of sandboxes that are gone
+/// are not given out again.
+const LAST_SEQUENCE_KEY: &str = "last_sequence";
 
 /// One write. Those given to [`Store::commit`] together become durable together.
 #[derive(Debug)]
@@ -37,6 +40,8 @@ pub enum Change {
 pub struct Loaded {
     pub sandboxes: Vec<SandboxRecord>,
     pub requests: Vec<(String, RequestRecord)>,
+    /// The highest that a sandbox has had, also one that is gone.
+    pub last_sequence: u64,
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -101,8 +106,11 @@ impl Store {
                 found,
             });
         }
-        let rows = read(&database).map_err(failed)?;
-        let loaded = decode(path, rows)?;
+        let (last_sequence, rows) = read(&database).map_err(failed)?;
+        let loaded = Loaded {
+            last_sequence,
+            ..decode(path, rows)?
+        };
         let (writer, jobs) = mpsc::channel();
         let thread = std::thread::Builder::new()
             .name("store".to_owned())
@@ -126,6 +134,14 @@ impl Store {
                 .map_err(|_| CommitError::Closed)?;
         }
         outcome.await.unwrap_or(Err(CommitError::Closed))
+    }
+}
+
+#[cfg(test)]
+impl Store {
+    /// From now on every commit fails.
+    pub(crate) fn close(&self) {
+        *crate::sync::lock(&self.writer) = None;
     }
 }
 
@@ -159,8 +175,14 @@ fn prepare(database: &Database) -> Result<u64, redb::Error> {
 
 type Row = (String, Vec<u8>);
 
-fn read(database: &Database) -> Result<(Vec<Row>, Vec<Row>), redb::Error> {
+/// Those of sandboxes and of requests.
+type Rows = (Vec<Row>, Vec<Row>);
+
+/// The highest sequence, and all rows.
+fn read(database: &Database) -> Result<(u64, Rows), redb::Error> {
     let transaction = database.begin_read()?;
+    let meta = transaction.open_table(META)?;
+    let last_sequence = meta.get(LAST_SEQUENCE_KEY)?.map(|stored| stored.value());
     let rows = |definition| -> Result<Vec<Row>, redb::Error> {
         let mut rows = Vec::new();
         for row in transaction.open_table(definition)?.iter()? {
@@ -169,10 +191,11 @@ fn read(database: &Database) -> Result<(Vec<Row>, Vec<Row>), redb::Error> {
         }
         Ok(rows)
     };
-    Ok((rows(SANDBOXES)?, rows(REQUESTS)?))
+    let rows = (rows(SANDBOXES)?, rows(REQUESTS)?);
+    Ok((last_sequence.unwrap_or(0), rows))
 }
 
-fn decode(path: &Path, rows: (Vec<Row>, Vec<Row>)) -> Result<Loaded, OpenError> {
+fn decode(path: &Path, rows: Rows) -> Result<Loaded, OpenError> {
     fn one<T: serde::de::DeserializeOwned>(
         path: &Path,
         (key, value): Row,
@@ -228,9 +251,11 @@ fn write<'a>(
         let mut requests = transaction
             .open_table(REQUESTS)
             .map_err(redb::Error::from)?;
+        let mut last_sequence = 0;
         for change in changes {
             match change {
                 Change::PutSandbox(record) => {
+                    last_sequence = last_sequence.max(record.sequence);
                     let json = serde_json::to_vec(record)?;
                     sandboxes.insert(record.id.as_str(), json.as_slice())
                 }
@@ -242,6 +267,15 @@ fn write<'a>(
                 Change::RemoveRequest(id) => requests.remove(id.as_str()),
             }
             .map_err(redb::Error::from)?;
+        }
+        let mut meta = transaction.open_table(META).map_err(redb::Error::from)?;
+        let stored = meta
+            .get(LAST_SEQUENCE_KEY)
+            .map_err(redb::Error::from)?
+            .map_or(0, |stored| stored.value());
+        if last_sequence > stored {
+            meta.insert(LAST_SEQUENCE_KEY, last_sequence)
+                .map_err(redb::Error::from)?;
         }
     }
     transaction.commit().map_err(redb::Error::from)?;
@@ -272,7 +306,8 @@ mod tests {
             message: "The guest's kernel panicked.".to_owned(),
             console_tail: "\u{fffd} Kernel panic".to_owned(),
         });
-        let gone = sample(State::Running);
+        let mut gone = sample(State::Running);
+        gone.sequence = 9;
         let request = RequestRecord {
             body: serde_json::json!({"template": "base"}),
             sandbox: kept.id.clone(),
@@ -297,6 +332,8 @@ mod tests {
         }
         let (_store, loaded) = Store::open(&path).unwrap();
         assert_eq!(loaded.sandboxes, [kept]);
+        // No later sandbox gets the number of one that is gone.
+        assert_eq!(loaded.last_sequence, 9);
         assert_eq!(loaded.requests, [("r".to_owned(), request)]);
     }
 

@@ -22,6 +22,12 @@ use tonic_reflection::pb::v1::server_reflection_request::MessageRequest;
 use tonic_reflection::pb::v1::server_reflection_response::MessageResponse;
 use tonic_reflection::pb::v1::{ServerReflectionRequest, ServerReflectionResponse};
 
+const SERVICES: [&str; 3] = [
+    "",
+    "soulbox.host.v1.SandboxService",
+    "soulbox.host.v1.NodeService",
+];
+
 const NO_SANDBOX: &str = "sb-aaaaaaaaaaaaaaaaaaaa";
 
 fn create(template: &str, vcpus: u32, memory_mib: u32) -> CreateSandboxRequest {
@@ -138,9 +144,27 @@ async fn draining_is_told_and_ends_watchers() {
         .await
         .unwrap()
         .into_inner();
+    let mut health = HealthClient::new(daemon.channel().await);
+    let mut healths = Vec::new();
+    for service in SERVICES {
+        let request = HealthCheckRequest {
+            service: service.to_owned(),
+        };
+        let mut watched = health.watch(request).await.unwrap().into_inner();
+        let now = watched.message().await.unwrap().unwrap();
+        assert_eq!(now.status(), ServingStatus::Serving, "{service}");
+        healths.push(watched);
+    }
     daemon.signal(rustix::process::Signal::TERM);
+    for mut watched in healths {
+        let now = watched.message().await.unwrap().unwrap();
+        assert_eq!(now.status(), ServingStatus::NotServing);
+    }
     let ended = changes.message().await.unwrap_err();
-    assert_eq!(ended.code(), Code::Unavailable);
+    assert_eq!(
+        (ended.code(), reason(&ended).as_str()),
+        (Code::Unavailable, "DRAINING")
+    );
     assert!(daemon.wait().success());
 }
 
@@ -266,7 +290,7 @@ async fn a_bad_template_is_refused_by_what_is_wrong_with_it() {
 
 /// A monitor that ends at once is the nearest to a guest that dies early.
 #[tokio::test]
-async fn a_monitor_that_dies_at_once_leaves_nothing_and_is_remembered() {
+async fn a_monitor_that_dies_at_once_leaves_nothing_and_frees_the_request_id() {
     let host = Host::with_paths(&[("monitor", Path::new("/bin/false"))], "");
     host.template("base", &elf(X86_64, 1 << 20));
     let daemon = host.start();
@@ -291,14 +315,9 @@ async fn a_monitor_that_dies_at_once_leaves_nothing_and_is_remembered() {
         (first.code(), reason(&first).as_str()),
         (Code::Unavailable, "MONITOR_DIED")
     );
-    let again = refused(&daemon, request.clone()).await;
-    assert_eq!(again.details(), first.details());
     request.labels.insert("other".to_owned(), "body".to_owned());
     let other = refused(&daemon, request).await;
-    assert_eq!(
-        (other.code(), reason(&other).as_str()),
-        (Code::AlreadyExists, "REQUEST_ID_REUSED")
-    );
+    assert_eq!(reason(&other), "MONITOR_DIED");
     let mut client = daemon.sandboxes().await;
     let listed = client.list_sandboxes(ListSandboxesRequest::default()).await;
     assert!(listed.unwrap().into_inner().sandboxes.is_empty());
@@ -353,6 +372,14 @@ async fn what_is_not_there_is_said_and_deleting_it_succeeds() {
         .into_inner();
     let status = responses.message().await.unwrap_err();
     assert_eq!(reason(&status), "SANDBOX_NOT_FOUND");
+    let bad_id = ExecRequest {
+        message: Some(exec_request::Message::Start(ExecStart {
+            sandbox_id: "../etc".to_owned(),
+            ..ExecStart::default()
+        })),
+    };
+    let status = client.exec(tokio_stream::once(bad_id)).await.unwrap_err();
+    assert_eq!(fields(&status), ["start.sandbox_id"]);
     let empty = client.exec(tokio_stream::empty()).await.unwrap_err();
     assert_eq!(fields(&empty), ["start"]);
     let output = host.soulbox(&["exec", NO_SANDBOX, "--", "true"]);
@@ -365,11 +392,7 @@ async fn reflection_and_health_answer() {
     let host = Host::new("");
     let daemon = host.start();
     let mut health = HealthClient::new(daemon.channel().await);
-    for service in [
-        "",
-        "soulbox.host.v1.SandboxService",
-        "soulbox.host.v1.NodeService",
-    ] {
+    for service in SERVICES {
         let request = HealthCheckRequest {
             service: service.to_owned(),
         };

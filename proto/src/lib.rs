@@ -33,6 +33,10 @@ pub mod guest {
     pub const RPC_PORT: u32 = 1024;
     /// The host's vsock port to which the agent makes its ready-call.
     pub const READY_PORT: u32 = 1025;
+    /// The most bytes of one request, to the agent and to the daemon before it.
+    /// An argument list can have several megabytes; the kernel refuses those
+    /// that are too long, and says so better.
+    pub const MAX_REQUEST_BYTES: usize = 8 * 1024 * 1024;
     /// The most bytes of stdin, stdout or stderr in one message.
     pub const MAX_CHUNK_BYTES: usize = 1024 * 1024;
 }

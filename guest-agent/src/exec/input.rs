@@ -88,7 +88,7 @@ fn check(request: ExecRequest, has_stdin: bool) -> Result<Input, Violations> {
     match input {
         Some(process_input::Input::Stdin(_)) if !has_stdin => Err(Violations::of(
             "input.stdin",
-            "the program has none: set start.stdin",
+            "the program has none: set stdin in its start",
         )),
         Some(process_input::Input::Stdin(chunk)) if chunk.len() > MAX_CHUNK_BYTES => {
             let limit = format!("must have at most {MAX_CHUNK_BYTES} bytes: send it in pieces");

@@ -26,6 +26,7 @@ pub(crate) use self::process::StartError;
 use self::session::Session;
 use crate::reaper::Reaper;
 use crate::spec::{Spec, Violations};
+use crate::status::internal;
 
 /// How many messages wait for a caller who reads slowly: with chunks of 64 KiB,
 /// a quarter of a megabyte for each running program.
@@ -85,7 +86,7 @@ impl ProcessService for Processes {
         let start = move || Process::start(spec, reaper, cgroups);
         let process = tokio::task::spawn_blocking(start)
             .await
-            .map_err(|error| Status::internal(format!("the start did not finish: {error}")))??;
+            .map_err(|error| internal(format!("the start did not finish: {error}")))??;
 
         let (responses, stream) = mpsc::channel(OUTPUT_MESSAGES);
         let session = Session::new(process, timeout, responses)?;

@@ -42,7 +42,7 @@ const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/s
 impl Program {
     pub(crate) fn new(spec: &Spec, identity: &Identity) -> Result<Self, StringTooLong> {
         for (index, argument) in spec.argv.iter().enumerate() {
-            check_length(|| format!("start.argv[{index}]"), argument.count_bytes())?;
+            check_length(|| format!("argument {index}"), argument.count_bytes())?;
         }
         let variables = variables(spec, identity);
         let mut env = Vec::with_capacity(variables.len());

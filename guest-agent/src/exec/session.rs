@@ -12,6 +12,7 @@ use tonic::{Status, Streaming};
 use super::input;
 use super::output::Output;
 use super::process::Process;
+use crate::status::internal;
 use crate::sys::wait::{Exit, ExitStatus};
 
 /// What the caller reads. When the caller goes away it closes.
@@ -37,15 +38,15 @@ impl Session {
         let pipes = process
             .pipes
             .take()
-            .ok_or_else(|| Status::internal("the pipes are gone"))?;
+            .ok_or_else(|| internal("the pipes are gone"))?;
         let watch = || -> io::Result<_> {
             let stdin = pipes.stdin.map(pipe::Sender::from_owned_fd).transpose()?;
             let stdout = pipe::Receiver::from_owned_fd(pipes.stdout)?;
             let stderr = pipe::Receiver::from_owned_fd(pipes.stderr)?;
             Ok((stdin, Output::new(stdout, stderr, responses.clone())))
         };
-        let (stdin, output) = watch()
-            .map_err(|error| Status::internal(format!("the pipes cannot be watched: {error}")))?;
+        let (stdin, output) =
+            watch().map_err(|error| internal(format!("the pipes cannot be watched: {error}")))?;
         Ok(Self {
             process,
             timeout,

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use super::Config;
 use crate::id::SandboxId;
-use crate::sandbox::{MAX_VCPUS, MIN_MEMORY_MIB};
+use crate::sandbox::{MAX_DISK_MIB, MAX_MEMORY_MIB, MAX_TTL_SECONDS, MAX_VCPUS, MIN_MEMORY_MIB};
 use crate::template::is_template_name;
 
 /// A rule that a field breaks.
@@ -20,8 +20,6 @@ pub struct Violation {
 const MAX_SOCKET_PATH_BYTES: usize = 107;
 /// A day: more is surely a mistake of units.
 const MAX_TIMEOUT_MS: u64 = 24 * 60 * 60 * 1000;
-/// A hundred years.
-const MAX_TTL_SECONDS: u64 = 100 * 365 * 24 * 60 * 60;
 
 pub(super) fn validate(config: &Config) -> Vec<Violation> {
     let mut found = Vec::new();
@@ -107,10 +105,22 @@ fn amounts(config: &Config, found: &mut Vec<Violation>) {
             mend: format!("is {}; give 1 to {MAX_VCPUS}", defaults.vcpus),
         });
     }
-    if defaults.memory_mib < MIN_MEMORY_MIB {
+    if !(MIN_MEMORY_MIB..=MAX_MEMORY_MIB).contains(&defaults.memory_mib) {
         found.push(Violation {
             field: "defaults.memory_mib",
-            mend: format!("is {}; give at least {MIN_MEMORY_MIB}", defaults.memory_mib),
+            mend: format!(
+                "is {}; give {MIN_MEMORY_MIB} to {MAX_MEMORY_MIB}",
+                defaults.memory_mib
+            ),
+        });
+    }
+    if defaults.disk_mib > MAX_DISK_MIB {
+        found.push(Violation {
+            field: "defaults.disk_mib",
+            mend: format!(
+                "is {}; give at most {MAX_DISK_MIB}, or 0 for the template's",
+                defaults.disk_mib
+            ),
         });
     }
     if capacity.vcpus != 0 && defaults.vcpus > capacity.vcpus {

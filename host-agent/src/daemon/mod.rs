@@ -64,11 +64,19 @@ async fn run(config: Config) -> anyhow::Result<()> {
 
     let drain_limit = config.timeouts.drain();
     let on_shutdown = config.shutdown.sandboxes;
-    let (pool, summary) = Pool::open(config, facts, monitor, capacity).await?;
+    let (pool, summary) = tokio::select! {
+        opened = Pool::open(config, facts, monitor, capacity) => opened?,
+        // What is half done is found again by the next start.
+        signal = signals.next() => {
+            tracing::info!(signal, "stopped before it was ready");
+            return Ok(());
+        }
+    };
     tracing::info!(
         adopted = summary.adopted,
         failed = summary.failed,
         undone = summary.undone,
+        deleted = summary.deleted,
         stray_monitors = summary.stray_monitors,
         stray_folders = summary.stray_folders,
         "records and host agree"

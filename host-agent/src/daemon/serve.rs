@@ -5,14 +5,20 @@ use std::time::Duration;
 
 use anyhow::Context as _;
 use soulbox_proto::FILE_DESCRIPTOR_SET;
-use soulbox_proto::host::v1::node_service_server::NodeServiceServer;
-use soulbox_proto::host::v1::sandbox_service_server::SandboxServiceServer;
+use soulbox_proto::guest::MAX_REQUEST_BYTES;
+use soulbox_proto::host::v1::node_service_server::{
+    NodeServiceServer, SERVICE_NAME as NODE_SERVICE,
+};
+use soulbox_proto::host::v1::sandbox_service_server::{
+    SERVICE_NAME as SANDBOX_SERVICE, SandboxServiceServer,
+};
 use tokio::task::JoinSet;
 use tokio_stream::wrappers::{TcpListenerStream, UnixListenerStream};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tonic::service::Routes;
 use tonic::transport::Server;
+use tonic_health::ServingStatus;
 use tonic_health::server::HealthReporter;
 
 use super::listen::{Listeners, SocketFile};
@@ -21,6 +27,10 @@ use crate::service::{NodeApi, SandboxApi};
 
 /// Dead callers are noticed, so that what they run is ended.
 const KEEPALIVE: Duration = Duration::from_secs(20);
+/// What a call may send before it is read. The window of its connection is the
+/// largest that HTTP/2 has: calls that nobody reads must not hold up the others.
+const STREAM_WINDOW_BYTES: u32 = 256 * 1024;
+const CONNECTION_WINDOW_BYTES: u32 = (1 << 31) - 1;
 /// How long a closed server may take to send its last frames.
 const LAST_FRAMES: Duration = Duration::from_millis(500);
 
@@ -47,7 +57,9 @@ impl Services {
             Arc::clone(pool),
             calls.clone(),
             stopping.clone(),
-        ));
+        ))
+        // What fits here fits the guest's agent.
+        .max_decoding_message_size(MAX_REQUEST_BYTES);
         let node = NodeServiceServer::new(NodeApi::new(Arc::clone(pool)));
         let (health, health_server) = tonic_health::server::health_reporter();
         health
@@ -90,9 +102,12 @@ impl Services {
     /// Waits for the calls that are running. Meanwhile callers are still
     /// answered, so that they learn that this node is going.
     pub(super) async fn drain(&self, limit: Duration) {
-        self.health
-            .set_not_serving::<SandboxServiceServer<SandboxApi>>()
-            .await;
+        // The empty name stands for the whole server.
+        for service in [SANDBOX_SERVICE, NODE_SERVICE, ""] {
+            self.health
+                .set_service_status(service, ServingStatus::NotServing)
+                .await;
+        }
         self.stopping.cancel();
         self.calls.close();
         if tokio::time::timeout(limit, self.calls.wait())
@@ -124,6 +139,8 @@ impl Services {
 
 fn server() -> Server {
     Server::builder()
+        .initial_stream_window_size(STREAM_WINDOW_BYTES)
+        .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
         .http2_keepalive_interval(Some(KEEPALIVE))
         .http2_keepalive_timeout(Some(KEEPALIVE))
 }

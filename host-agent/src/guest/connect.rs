@@ -12,16 +12,16 @@ use tonic::transport::{Channel, Endpoint};
 
 /// "OK 4294967295\n".
 const MAX_ANSWER_BYTES: usize = 14;
-/// Chunks of output are at most 1 MiB: one may be on its way while another is
-/// handled, and no call buffers more.
-const STREAM_WINDOW_BYTES: u32 = 1024 * 1024;
-const CONNECTION_WINDOW_BYTES: u32 = 4 * 1024 * 1024;
+/// What a caller who does not read leaves here: a few of the agent's chunks of
+/// 64 KiB. A connection has one Exec, so its window is the stream's.
+const WINDOW_BYTES: u32 = 1024 * 1024;
 
+/// Dials when it is first used, and again whenever its connection is lost.
 pub(super) fn channel(vsock_socket: PathBuf) -> Channel {
     // The name only fills HTTP's authority.
     Endpoint::from_static("http://guest")
-        .initial_stream_window_size(STREAM_WINDOW_BYTES)
-        .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
+        .initial_stream_window_size(WINDOW_BYTES)
+        .initial_connection_window_size(WINDOW_BYTES)
         .connect_with_connector_lazy(tower::service_fn(move |_| {
             let path = vsock_socket.clone();
             async move { dial(&path).await.map(TokioIo::new) }

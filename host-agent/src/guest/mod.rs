@@ -4,7 +4,7 @@
 mod connect;
 mod hello;
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
 use soulbox_proto::guest::v1::process_service_client::ProcessServiceClient;
@@ -19,20 +19,25 @@ use tonic::{Code, Status, Streaming};
 
 pub use hello::{HelloError, read_hello};
 
-/// A connection to one guest's agent; clones share it.
+/// A way to one guest's agent.
+///
+/// Each Exec has a connection of its own: the Execs of one connection would
+/// share its window, and one that nobody reads would hold up all others.
 #[derive(Debug, Clone)]
 pub struct Guest {
-    channel: Channel,
+    vsock_socket: PathBuf,
+    /// For calls that are short both ways; clones share it.
+    control: Channel,
 }
 
 // === impl Guest ===
 
 impl Guest {
-    /// A client that dials through `vsock_socket` when it is first used, and
-    /// again whenever its connection is lost.
+    /// A client that dials through `vsock_socket` when it is first used.
     pub fn new(vsock_socket: &Path) -> Self {
         Self {
-            channel: connect::channel(vsock_socket.to_owned()),
+            vsock_socket: vsock_socket.to_owned(),
+            control: connect::channel(vsock_socket.to_owned()),
         }
     }
 
@@ -60,11 +65,13 @@ impl Guest {
         &self,
         input: impl Stream<Item = ExecRequest> + Send + 'static,
     ) -> Result<Streaming<ExecResponse>, Status> {
-        let mut client = ProcessServiceClient::new(self.channel.clone());
+        let channel = connect::channel(self.vsock_socket.clone());
+        let mut client = ProcessServiceClient::new(channel);
         Ok(client.exec(input).await?.into_inner())
     }
 
-    /// Runs `/bin/true`: the proof that programs run.
+    /// Runs `/bin/true`: the proof that programs run. It reads and says nothing,
+    /// so it needs no connection of its own.
     pub async fn prove_exec(&self) -> Result<(), Status> {
         let start = ProcessSpec {
             argv: vec!["/bin/true".into()],
@@ -76,7 +83,9 @@ impl Guest {
         let request = ExecRequest {
             message: Some(exec_request::Message::Start(start)),
         };
-        let mut events = self.exec(tokio_stream::once(request)).await?;
+        let mut client = ProcessServiceClient::new(self.control.clone());
+        let events = client.exec(tokio_stream::once(request)).await?;
+        let mut events = events.into_inner();
         while let Some(response) = events.message().await? {
             if let Some(exec_response::Event::Exited(exited)) = response.event {
                 return match exited.status {
@@ -89,6 +98,6 @@ impl Guest {
     }
 
     fn system(&self) -> SystemServiceClient<Channel> {
-        SystemServiceClient::new(self.channel.clone())
+        SystemServiceClient::new(self.control.clone())
     }
 }

@@ -15,10 +15,17 @@ use tokio::sync::{mpsc, oneshot, watch};
 
 use super::socket::{ControlSocket, Datagram, ReceiveError};
 use crate::sync::lock;
+use crate::text::printable;
 
 /// Connections of guest programs to the host that wait to be looked at. More
 /// are closed.
 const MAX_WAITING_CONNECTIONS: usize = 16;
+
+/// What is kept of a monitor's sentence, and of a stage's name.
+const MAX_SENTENCE_CHARS: usize = 500;
+const MAX_STAGE_CHARS: usize = 32;
+/// What is kept of a boot's stages; a monitor has six.
+const MAX_STAGES: usize = 16;
 
 /// The control socket of one monitor. It is closed when this is dropped.
 #[derive(Debug)]
@@ -129,7 +136,17 @@ impl Control {
             .await
             .map_err(RequestError::Send)?;
         match answered.await {
-            Ok(reply::Result::Error(error)) => Err(RequestError::Refused(error)),
+            Ok(reply::Result::Error(mut error)) => {
+                error.message = printable(&error.message, MAX_SENTENCE_CHARS);
+                Err(RequestError::Refused(error))
+            }
+            Ok(reply::Result::Booted(mut booted)) => {
+                booted.stages.truncate(MAX_STAGES);
+                for stage in &mut booted.stages {
+                    stage.stage = printable(&stage.stage, MAX_STAGE_CHARS);
+                }
+                Ok(reply::Result::Booted(booted))
+            }
             Ok(result) => Ok(result),
             Err(_) => Err(RequestError::Closed),
         }
@@ -231,8 +248,9 @@ impl Reader {
                     observed.panic.get_or_insert(panic.console_tail);
                 });
             }
-            Event::Exited(exited) => {
+            Event::Exited(mut exited) => {
                 expect_descriptors(&fds, 0)?;
+                exited.message = printable(&exited.message, MAX_SENTENCE_CHARS);
                 self.observed.send_modify(|observed| {
                     observed.exited.get_or_insert(exited);
                 });
@@ -333,7 +351,7 @@ mod tests {
             monitor.receive().await.unwrap().unwrap();
             let error = proto::Error {
                 code: proto::error::Code::WrongState.into(),
-                message: "not booted".to_owned(),
+                message: format!("not\nbooted{}", "!".repeat(60_000)),
             };
             monitor
                 .send(&reply(1, reply::Result::Error(error)), &[])
@@ -342,7 +360,7 @@ mod tests {
         };
         let (refused, ()) = tokio::join!(control.metrics(), serve);
         assert!(
-            matches!(refused, Err(RequestError::Refused(error)) if error.message == "not booted")
+            matches!(refused, Err(RequestError::Refused(error)) if error.message.starts_with("not booted!") && error.message.len() < 600)
         );
         let (closed, ()) = tokio::join!(control.metrics(), async {
             monitor.receive().await.unwrap().unwrap();
@@ -364,10 +382,19 @@ mod tests {
                 .await
                 .unwrap();
         }
+        let exited = proto::Exited {
+            message: "the \x1b[2Jend".to_owned(),
+            ..proto::Exited::default()
+        };
+        monitor
+            .send(&event(Event::Exited(exited)), &[])
+            .await
+            .unwrap();
         drop(monitor);
         let mut watching = observed.clone();
         let seen = watching.wait_for(|seen| seen.closed).await.unwrap();
         assert_eq!(seen.panic.as_deref(), Some(b"first".as_slice()));
+        assert_eq!(seen.exited.as_ref().unwrap().message, "the  [2Jend");
         assert!(seen.broken.is_none());
     }
 

@@ -5,13 +5,18 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::process::Child;
+use std::sync::OnceLock;
+use std::time::Duration;
 
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
 use crate::id::SandboxId;
-use crate::record::MonitorIdentity;
+use crate::record::{BootId, MonitorIdentity};
+
+/// How long a process that was killed may take to end.
+const KILLED: Duration = Duration::from_secs(5);
 
 /// What the kernel calls the monitor's process, and its binary is called.
 const MONITOR_NAME: &str = "soulbox-vmm";
@@ -47,6 +52,7 @@ impl MonitorProcess {
                 identity: MonitorIdentity {
                     pid,
                     start_time_ticks,
+                    boot_id: boot_id(),
                 },
                 pidfd,
                 child: Some(child),
@@ -63,6 +69,10 @@ impl MonitorProcess {
     /// Finds a process again, if it is still the same one.
     pub fn find(identity: MonitorIdentity) -> Result<Self, ProcessError> {
         let pid = identity.pid;
+        // A record of an older daemon names no boot.
+        if identity.boot_id.is_some() && identity.boot_id != boot_id() {
+            return Err(ProcessError::Gone { pid });
+        }
         // First the descriptor, then the start time: if that still matches, the
         // descriptor names the process that was recorded.
         let pidfd = open(pid)?;
@@ -86,6 +96,18 @@ impl MonitorProcess {
             && error != rustix::io::Errno::SRCH
         {
             tracing::warn!(pid = self.identity.pid, %error, "a monitor cannot be killed");
+        }
+    }
+
+    /// SIGKILL, and its end. One that the kernel does not let go is left, with a
+    /// line in the log.
+    pub async fn end(&mut self) {
+        self.kill();
+        if tokio::time::timeout(KILLED, self.ended()).await.is_err() {
+            tracing::error!(
+                pid = self.identity.pid,
+                "a killed monitor does not end; see the kernel's log"
+            );
         }
     }
 
@@ -129,6 +151,15 @@ pub fn private_bytes(identity: MonitorIdentity) -> u64 {
     kib.unwrap_or(0) * 1024
 }
 
+/// Of this boot of the host; none where /proc does not tell.
+fn boot_id() -> Option<BootId> {
+    static BOOT_ID: OnceLock<Option<BootId>> = OnceLock::new();
+    *BOOT_ID.get_or_init(|| {
+        let text = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").ok()?;
+        text.trim().to_owned().try_into().ok()
+    })
+}
+
 /// Field 22 of `/proc/<pid>/stat`; none when there is no such process.
 fn start_time_ticks(pid: i32) -> Option<u64> {
     let stat = std::fs::read(format!("/proc/{pid}/stat")).ok()?;
@@ -163,6 +194,7 @@ pub fn stray_monitors(sandboxes: &Path) -> Vec<(SandboxId, MonitorProcess)> {
             let process = MonitorProcess::find(MonitorIdentity {
                 pid,
                 start_time_ticks,
+                boot_id: boot_id(),
             });
             Some((id, process.ok()?))
         })
@@ -190,8 +222,7 @@ mod tests {
         let mut process = MonitorProcess::of_child(sleeper()).unwrap();
         let identity = process.identity();
         assert!(MonitorProcess::find(identity).is_ok());
-        process.kill();
-        process.ended().await;
+        process.end().await;
         process.kill();
         assert!(matches!(
             MonitorProcess::find(identity),
@@ -208,8 +239,16 @@ mod tests {
             MonitorProcess::find(other),
             Err(ProcessError::Gone { .. })
         ));
-        process.kill();
-        process.ended().await;
+        let mut before_a_reboot = process.identity();
+        before_a_reboot.boot_id = Some(BootId(1));
+        assert!(matches!(
+            MonitorProcess::find(before_a_reboot),
+            Err(ProcessError::Gone { .. })
+        ));
+        let mut of_an_older_daemon = process.identity();
+        of_an_older_daemon.boot_id = None;
+        assert!(MonitorProcess::find(of_an_older_daemon).is_ok());
+        process.end().await;
     }
 
     #[test]

@@ -24,7 +24,7 @@ pub enum SpawnError {
     Start { binary: PathBuf, source: io::Error },
     #[error("a control socket for the monitor cannot be made; see the limit on open files")]
     Socket { source: io::Error },
-    #[error("the monitor ended as soon as it was started; see its log")]
+    #[error("the monitor was started and ended again, because {0}")]
     Process(#[from] ProcessError),
 }
 
@@ -84,10 +84,7 @@ mod tests {
         drop(socket);
         process.ended().await;
         let told = std::fs::read_to_string(&log).unwrap();
-        assert!(
-            told.starts_with("args --control-fd 0\nsocket:["),
-            "{told}"
-        );
+        assert!(told.starts_with("args --control-fd 0\nsocket:["), "{told}");
         // Its end of the control socket is the only socket.
         assert!(told.ends_with("]\n/\n1\n"), "{told}");
     }

@@ -36,6 +36,10 @@ pub struct SandboxRecord {
     /// Set in state `Failed`.
     #[serde(default)]
     pub failure: Option<Failure>,
+    /// It is to go with an Exec call: a daemon that finds it without one, because
+    /// the daemon before ended, deletes it.
+    #[serde(default)]
+    pub goes_with_exec: bool,
 }
 
 /// What a sandbox takes of its host.
@@ -52,7 +56,15 @@ pub struct MonitorIdentity {
     pub pid: i32,
     /// Field 22 of `/proc/<pid>/stat`: clock ticks since the host booted.
     pub start_time_ticks: u64,
+    /// The boot that the ticks count from.
+    #[serde(default)]
+    pub boot_id: Option<BootId>,
 }
+
+/// `/proc/sys/kernel/random/boot_id`: a UUID, stored as the kernel writes it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct BootId(pub u128);
 
 /// Why a sandbox ended without being asked to.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -90,6 +102,27 @@ pub enum Reply {
         stages: Vec<Stage>,
     },
     Refused(crate::status::Refusal),
+}
+
+// === impl BootId ===
+
+impl TryFrom<String> for BootId {
+    type Error = std::num::ParseIntError;
+
+    fn try_from(text: String) -> Result<Self, Self::Error> {
+        u128::from_str_radix(&text.replace('-', ""), 16).map(Self)
+    }
+}
+
+impl From<BootId> for String {
+    fn from(id: BootId) -> Self {
+        let digits = format!("{:032x}", id.0);
+        let (a, rest) = digits.split_at(8);
+        let (b, rest) = rest.split_at(4);
+        let (c, rest) = rest.split_at(4);
+        let (d, e) = rest.split_at(4);
+        format!("{a}-{b}-{c}-{d}-{e}")
+    }
 }
 
 // === impl SandboxRecord ===
@@ -143,6 +176,7 @@ pub(crate) mod tests {
             request_id: None,
             monitor: None,
             failure: None,
+            goes_with_exec: false,
         }
     }
 
@@ -150,12 +184,26 @@ pub(crate) mod tests {
     fn a_record_of_another_version_still_loads() {
         let mut json = serde_json::to_value(sample(State::Running)).unwrap();
         let fields = json.as_object_mut().unwrap();
-        for optional in ["labels", "expires_at", "request_id", "monitor", "failure"] {
+        for optional in [
+            "labels",
+            "expires_at",
+            "request_id",
+            "monitor",
+            "failure",
+            "goes_with_exec",
+        ] {
             fields.remove(optional);
         }
         fields.insert("of_the_future".to_owned(), serde_json::json!([1]));
         let loaded: SandboxRecord = serde_json::from_value(json).unwrap();
         assert_eq!(loaded.state, State::Running);
+    }
+
+    #[test]
+    fn a_boot_id_is_stored_as_the_kernel_writes_it() {
+        let text = "\"0f6d8a44-0b3c-4c55-9a6e-0123456789ab\"";
+        let id: BootId = serde_json::from_str(text).unwrap();
+        assert_eq!(serde_json::to_string(&id).unwrap(), text);
     }
 
     #[test]

@@ -134,7 +134,8 @@ mod tests {
             Just(Transition::Start),
             (1..100_i32).prop_map(|pid| Transition::Spawned(MonitorIdentity {
                 pid,
-                start_time_ticks: 1
+                start_time_ticks: 1,
+                boot_id: None,
             })),
             Just(Transition::Run),
             Just(Transition::Stop),

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use tokio::sync::{mpsc, oneshot};
 
 use super::create::Created;
-use super::error::{CreateError, DeleteError, StartError};
+use super::error::{CreateError, DeleteError, StartError, UseError};
 use super::files::SandboxFiles;
 use super::machine::{Machine, failure};
 use super::pool::Pool;
@@ -27,11 +27,17 @@ pub(super) const MAX_COMMANDS: usize = 16;
 
 #[derive(Debug)]
 pub(super) enum Command {
-    Delete {
-        /// Skip the guest's clean stop.
-        force: bool,
-        done: oneshot::Sender<Result<(), DeleteError>>,
-    },
+    Delete(Delete),
+    /// Record that it goes with an Exec call. Dropped unanswered when it is going
+    /// already, or the daemon is.
+    GoWithExec(oneshot::Sender<Result<(), UseError>>),
+}
+
+#[derive(Debug)]
+pub(super) struct Delete {
+    /// Skip the guest's clean stop.
+    pub(super) force: bool,
+    pub(super) done: oneshot::Sender<Result<(), DeleteError>>,
 }
 
 pub(super) struct Actor {
@@ -42,6 +48,8 @@ pub(super) struct Actor {
     pub(super) reservation: Option<Reservation>,
     pub(super) machine: Option<Machine>,
     pub(super) guest: Option<Guest>,
+    /// Who is to be told that their sandbox did not come to run.
+    pub(super) refused: Option<(Caller, Refusal)>,
 }
 
 /// A `CreateSandbox` call that waits for its sandbox.
@@ -61,6 +69,7 @@ impl Actor {
             reservation: None,
             machine: None,
             guest: None,
+            refused: None,
         }
     }
 
@@ -81,8 +90,8 @@ impl Actor {
             let claimed = caller.claimed.as_ref();
             tokio::select! {
                 started = self.start(template, claimed, &mut watch) => started,
-                Some(command) = commands.recv() => {
-                    deletes.push(command);
+                Some(delete) = next_delete(&mut commands) => {
+                    deletes.push(delete);
                     Err(StartError::Deleted)
                 }
                 () = caller.done.closed(), if must_stay => Err(StartError::CallerGone),
@@ -147,19 +156,46 @@ impl Actor {
         let leave = self.pool.leaving.clone();
         let expiry = self.expiry();
         tokio::pin!(expiry);
-        let Some(machine) = self.machine.as_mut() else {
-            return;
-        };
-        tokio::select! {
-            command = commands.recv() => self.stop(command.into_iter().collect(), commands).await,
-            () = &mut expiry => {
-                tracing::info!(sandbox = %self.record.id, "its time to live is over; deleting it");
-                self.stop(Vec::new(), commands).await;
+        loop {
+            let Some(machine) = self.machine.as_mut() else {
+                return;
+            };
+            tokio::select! {
+                command = commands.recv() => match command {
+                    Some(Command::GoWithExec(done)) => {
+                        // A caller that is gone has no program either.
+                        let _ = done.send(self.go_with_exec().await);
+                    }
+                    Some(Command::Delete(delete)) => return self.stop(vec![delete], commands).await,
+                    None => return self.stop(Vec::new(), commands).await,
+                },
+                () = &mut expiry => {
+                    tracing::info!(sandbox = %self.record.id, "its time to live is over; deleting it");
+                    return self.stop(Vec::new(), commands).await;
+                }
+                () = machine.ended() => return self.fail(commands).await,
+                // The monitor runs on, for the next daemon to adopt.
+                () = leave.cancelled() => return,
             }
-            () = machine.ended() => self.fail(commands).await,
-            // The monitor runs on, for the next daemon to adopt.
-            () = leave.cancelled() => {}
         }
+    }
+
+    /// Stores that a daemon that finds it without its call is to delete it.
+    async fn go_with_exec(&mut self) -> Result<(), UseError> {
+        if self.record.goes_with_exec {
+            return Ok(());
+        }
+        let mut record = self.record.clone();
+        record.goes_with_exec = true;
+        let stored = self
+            .pool
+            .store
+            .commit(vec![Change::PutSandbox(record.clone())]);
+        stored.await.map_err(|error| UseError::Store {
+            message: error.to_string(),
+        })?;
+        self.record = record;
+        Ok(())
     }
 
     /// Its machine has ended by itself: records why, frees what it held, and
@@ -184,7 +220,7 @@ impl Actor {
     async fn await_delete(mut self, commands: &mut mpsc::Receiver<Command>) {
         let leave = self.pool.leaving.clone();
         let deletes = tokio::select! {
-            command = commands.recv() => command.into_iter().collect(),
+            delete = next_delete(commands) => delete.into_iter().collect(),
             () = self.expiry() => Vec::new(),
             () = leave.cancelled() => return,
         };
@@ -229,26 +265,33 @@ impl Actor {
         self.pool.registry.publish(&self.record, live);
     }
 
-    /// A create that failed: everything is taken down again, and the call and
-    /// its repetitions are told why.
+    /// A create that failed: everything is taken down again, then the call and its
+    /// repetitions are told why.
     async fn undo(
         mut self,
         error: StartError,
-        mut caller: Caller,
-        deletes: Vec<Command>,
+        caller: Caller,
+        deletes: Vec<Delete>,
         commands: mpsc::Receiver<Command>,
     ) {
         tracing::warn!(sandbox = %self.record.id, %error, "not started");
         let refusal = Refusal::from(&CreateError::from(error));
-        let reply = Reply::Refused(refusal.clone());
         // The reply is stored when the sandbox's removal is.
         if let Some(claimed) = &caller.claimed {
-            let _ = claimed.prepare_answer(&reply);
+            let _ = claimed.prepare_answer(&Reply::Refused(refusal.clone()));
         }
+        self.refused = Some((caller, refusal));
         self.guest = None;
         self.stop(deletes, commands).await;
+    }
+
+    /// Answers a create that failed, once.
+    pub(super) fn refuse(&mut self) {
+        let Some((mut caller, refusal)) = self.refused.take() else {
+            return;
+        };
         if let Some(claimed) = caller.claimed.take() {
-            claimed.answer(reply);
+            claimed.answer(Reply::Refused(refusal.clone()));
         }
         // The caller may be gone, which may even be the reason.
         let _ = caller.done.send(Err(refusal));
@@ -265,6 +308,16 @@ impl Actor {
     }
 }
 
+/// The next wish to delete it. Others have come too late.
+pub(super) async fn next_delete(commands: &mut mpsc::Receiver<Command>) -> Option<Delete> {
+    loop {
+        match commands.recv().await? {
+            Command::Delete(delete) => return Some(delete),
+            Command::GoWithExec(_) => {}
+        }
+    }
+}
+
 /// Sleeps until the host's clock shows `at`, also when that is set meanwhile.
 async fn sleep_until_wall(at: crate::time::UnixMillis) {
     const LOOK_AGAIN: std::time::Duration = std::time::Duration::from_secs(60);
@@ -274,5 +327,56 @@ async fn sleep_until_wall(at: crate::time::UnixMillis) {
             return;
         }
         tokio::time::sleep(left.min(LOOK_AGAIN)).await;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::admission::Amounts;
+    use crate::config::{Config, Paths};
+    use crate::host::HostFacts;
+    use crate::record::tests::sample;
+
+    #[tokio::test]
+    async fn a_failed_create_is_answered_though_its_end_cannot_be_stored() {
+        let folder = tempfile::tempdir().unwrap();
+        let config = Config {
+            paths: Paths {
+                state_dir: folder.path().join("state"),
+                run_dir: folder.path().join("run"),
+                ..Paths::default()
+            },
+            ..Config::default()
+        };
+        let opened = Pool::open(
+            config,
+            HostFacts::default(),
+            "/none".into(),
+            Amounts::default(),
+        );
+        let (pool, _) = opened.await.unwrap();
+        pool.store.close();
+        let record = sample(State::Starting);
+        let id = record.id.clone();
+        let (commands, commands_rx) = mpsc::channel(MAX_COMMANDS);
+        pool.registry.insert(record.clone(), commands);
+        let (done, outcome) = oneshot::channel();
+        let caller = Caller {
+            claimed: None,
+            done,
+        };
+        let actor = Actor::new(&pool, record);
+        let undone = actor.undo(StartError::Protocol, caller, Vec::new(), commands_rx);
+        pool.actors.spawn(undone);
+        let refused = outcome.await.unwrap().unwrap_err();
+        assert_eq!(refused.reason, "PROTOCOL_MISMATCH");
+        // It is still there, and its removal is tried again.
+        assert!(pool.view(&id).is_ok());
+        assert!(matches!(
+            pool.delete(&id, true).await,
+            Err(DeleteError::Store { .. })
+        ));
+        pool.leave().await;
     }
 }

@@ -136,6 +136,7 @@ impl Pool {
             request_id: spec.request_id,
             monitor: None,
             failure: None,
+            goes_with_exec: false,
         };
         Ok((record, template, reservation))
     }

@@ -52,8 +52,12 @@ pub enum StartError {
         what: &'static str,
         source: std::io::Error,
     },
-    #[error("{0}")]
-    Spawn(#[from] SpawnError),
+    #[error("{error}{}", said(.log_line.as_ref()))]
+    Spawn {
+        error: SpawnError,
+        /// The last that the monitor said.
+        log_line: Option<String>,
+    },
     #[error("the monitor refused to boot: {message}")]
     Refused { code: MonitorCode, message: String },
     #[error(
@@ -98,7 +102,7 @@ pub enum DeleteError {
 pub enum UseError {
     #[error("there is no sandbox {0}; `soulbox ls` shows those that are")]
     NotFound(String),
-    #[error("sandbox {id} is {state}; wait until it is running")]
+    #[error("sandbox {id} is {state}; {}", not_running(*.state))]
     NotRunning { id: SandboxId, state: State },
     #[error("sandbox {id} has failed: {}", .failure.message)]
     Failed { id: SandboxId, failure: Failure },
@@ -106,6 +110,34 @@ pub enum UseError {
     Died { id: SandboxId, failure: Failure },
     #[error("sandbox {id} was deleted during the call")]
     Deleted { id: SandboxId },
+    #[error("the connection to the agent in sandbox {id} broke; try again, or delete the sandbox")]
+    Lost { id: SandboxId },
+    #[error(
+        "that the sandbox is to go with the call cannot be recorded ({message}); mend that and try again"
+    )]
+    Store { message: String },
+    #[error("soulboxd is stopping; try again when it runs")]
+    Stopping,
+}
+
+/// Why a watch ended.
+#[derive(Debug, Clone, thiserror::Error)]
+pub enum WatchError {
+    #[error("this watcher fell behind and missed {missed} changes; watch again")]
+    FellBehind { missed: u64 },
+    #[error("soulboxd is stopping; watch again when it runs")]
+    Stopping,
+}
+
+fn said(log_line: Option<&String>) -> String {
+    log_line.map_or_else(String::new, |line| format!("; its log ends with: {line}"))
+}
+
+fn not_running(state: State) -> &'static str {
+    match state {
+        State::Pending | State::Starting | State::Running => "wait until it is running",
+        State::Stopping | State::Stopped | State::Failed => "make another one",
+    }
 }
 
 /// What to do about a guest that does not come up. A KVM without hardware under

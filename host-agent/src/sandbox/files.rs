@@ -1,7 +1,7 @@
 //! What a sandbox has on disk.
 
 use std::fs::{self, DirBuilder, File, OpenOptions};
-use std::io;
+use std::io::{self, Read as _, Seek as _, SeekFrom};
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _, OpenOptionsExt as _};
 use std::os::unix::net::UnixListener;
@@ -13,6 +13,7 @@ use super::error::StartError;
 use crate::config::Paths;
 use crate::id::SandboxId;
 use crate::monitor::ControlSocket;
+use crate::text::printable;
 
 /// Root disks of sandboxes and logs of monitors, under the state folder.
 pub(super) fn sandboxes_dir(paths: &Paths) -> PathBuf {
@@ -98,10 +99,16 @@ impl SandboxFiles {
     /// The last line that the monitor wrote to its log.
     pub(super) fn last_log_line(&self) -> Option<String> {
         const MAX_LINE_CHARS: usize = 500;
-        let log = fs::read(self.log()).ok()?;
-        let text = String::from_utf8_lossy(&log);
+        const MAX_TAIL_BYTES: u64 = 4096;
+        let mut log = File::open(self.log()).ok()?;
+        let length = log.metadata().ok()?.len();
+        log.seek(SeekFrom::Start(length.saturating_sub(MAX_TAIL_BYTES)))
+            .ok()?;
+        let mut tail = Vec::new();
+        log.take(MAX_TAIL_BYTES).read_to_end(&mut tail).ok()?;
+        let text = String::from_utf8_lossy(&tail);
         let line = text.lines().rev().find(|line| !line.trim().is_empty())?;
-        Some(line.trim().chars().take(MAX_LINE_CHARS).collect())
+        Some(printable(line.trim(), MAX_LINE_CHARS))
     }
 }
 
@@ -165,6 +172,9 @@ mod tests {
         assert!(files.create(128).is_err());
         fs::write(files.log(), "one\nlast words \n\n").unwrap();
         assert_eq!(files.last_log_line().unwrap(), "last words");
+        let long = "x".repeat(100_000) + "\n\x1b[2Jlast words\n";
+        fs::write(files.log(), long).unwrap();
+        assert_eq!(files.last_log_line().unwrap(), " [2Jlast words");
         files.remove().unwrap();
         files.remove().unwrap();
         assert!(!files.state.exists() && !files.run.exists());

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use soulbox_proto::guest::READY_PORT;
 use soulbox_proto::guest::v1::Hello;
+use soulbox_proto::vmm::CONSOLE_TAIL_BYTES;
 use soulbox_proto::vmm::v1::exited::Reason;
 use soulbox_proto::vmm::v1::{self as proto, request};
 use tokio::sync::{mpsc, watch};
@@ -94,8 +95,7 @@ impl Machine {
         // On time-out or a lost sender there is just no more to hear.
         let _ = timeout(patience, closed).await.map(|closed| closed.is_ok());
         if timeout(LAST_WORDS, self.process.ended()).await.is_err() {
-            self.process.kill();
-            self.process.ended().await;
+            self.process.end().await;
         }
         self.observed.borrow().clone()
     }
@@ -112,8 +112,7 @@ impl Machine {
             Ok(Err(error)) => tracing::debug!(%error, "a monitor did not take Shutdown"),
             Err(_) => tracing::debug!("a monitor did not answer Shutdown"),
         }
-        self.process.kill();
-        self.process.ended().await;
+        self.process.end().await;
     }
 }
 
@@ -180,13 +179,9 @@ fn cause(observed: &Observed, last_log_line: Option<String>) -> (&'static str, S
     ("MONITOR_DIED", message)
 }
 
-/// A console's bytes as text that is safe to print: a guest may have written
-/// terminal escapes.
+/// What a monitor may tell of a console, as text.
 pub(super) fn console_text(bytes: &[u8]) -> String {
-    String::from_utf8_lossy(bytes)
-        .chars()
-        .filter(|&character| character == '\n' || character == '\t' || !character.is_control())
-        .collect()
+    crate::text::console(bytes, CONSOLE_TAIL_BYTES)
 }
 
 #[cfg(test)]
@@ -220,13 +215,5 @@ mod tests {
             emulation.message
         );
         assert_eq!(emulation.console_tail, "tail");
-    }
-
-    #[test]
-    fn terminal_escapes_do_not_pass() {
-        assert_eq!(
-            console_text(b"a\x1b[31mb\r\n\xffc\x07"),
-            "a[31mb\n\u{fffd}c"
-        );
     }
 }

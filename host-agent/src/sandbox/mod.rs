@@ -17,7 +17,7 @@ mod start;
 mod stop;
 
 pub use create::Created;
-pub use error::{CreateError, DeleteError, StartError, UseError};
+pub use error::{CreateError, DeleteError, StartError, UseError, WatchError};
 pub use pool::{OpenPoolError, Pool};
 pub use reconcile::Summary;
 pub use registry::{Change, ChangeKind, Live, Subscription, View};
@@ -27,3 +27,11 @@ pub use spec::CreateSpec;
 pub const MAX_VCPUS: u32 = 32;
 /// The monitor's limit.
 pub const MIN_MEMORY_MIB: u32 = 128;
+/// The monitor's limit: 1 TiB.
+pub const MAX_MEMORY_MIB: u32 = 1 << 20;
+/// 15 TiB. A layer is a sparse file of the disk's size and some more, and ext4 has
+/// files of at most 16 TiB.
+pub const MAX_DISK_MIB: u32 = 15 << 20;
+/// A hundred years: more is surely a mistake of units, and a time that no
+/// Timestamp holds is not far.
+pub const MAX_TTL_SECONDS: u64 = 100 * 365 * 24 * 60 * 60;

@@ -10,7 +10,7 @@ use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use super::actor::Command;
+use super::actor::{Command, Delete};
 use super::error::{DeleteError, UseError};
 use super::files::{sandboxes_dir, sockets_dir};
 use super::reconcile::{self, Summary};
@@ -79,7 +79,7 @@ impl Pool {
             admission: Admission::new(capacity),
             kvm: KvmDevice::new(&config.paths.kvm),
             templates: Templates::new(&config.paths.template_dir),
-            registry: Registry::new(),
+            registry: Registry::new(loaded.last_sequence),
             requests: Requests::load(loaded.requests),
             actors: TaskTracker::new(),
             stopping: CancellationToken::new(),
@@ -155,13 +155,29 @@ impl Pool {
             return Ok(());
         };
         let (done, outcome) = oneshot::channel();
-        let sent = commands.send(Command::Delete { force, done }).await;
+        let sent = commands.send(Command::Delete(Delete { force, done })).await;
         drop(commands);
         match (sent, outcome.await) {
             (Ok(()), Ok(outcome)) => outcome,
             // Its actor has ended: because it is gone, or because we are going.
             _ if self.registry.view(id).is_none() => Ok(()),
             _ => Err(DeleteError::Stopping),
+        }
+    }
+
+    /// Records that the sandbox goes with a call, so that it goes also when this
+    /// daemon ends before it. One that is going already is fine.
+    pub async fn go_with_exec(&self, id: &SandboxId) -> Result<(), UseError> {
+        let Some(commands) = self.registry.commands(id) else {
+            return Err(UseError::NotFound(id.to_string()));
+        };
+        let (done, outcome) = oneshot::channel();
+        let sent = commands.send(Command::GoWithExec(done)).await;
+        drop(commands);
+        match (sent, outcome.await) {
+            (Ok(()), Ok(outcome)) => outcome,
+            _ if self.leaving.is_cancelled() => Err(UseError::Stopping),
+            _ => Ok(()),
         }
     }
 

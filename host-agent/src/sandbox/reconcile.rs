@@ -7,22 +7,27 @@ use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::sync::mpsc;
+use tokio::sync::{Semaphore, mpsc};
+use tokio::task::JoinSet;
 use tokio::time::timeout;
 
 use super::actor::{Actor, MAX_COMMANDS};
 use super::files::{remove_folder, sandboxes_dir, sockets_dir};
 use super::machine::Machine;
 use super::pool::Pool;
+use super::start::MAX_SENTENCE_CHARS;
 use crate::guest::Guest;
 use crate::id::SandboxId;
 use crate::monitor::{ControlSocket, MonitorProcess, stray_monitors};
 use crate::record::{Failure, SandboxRecord, State, Transition};
 use crate::store::Change;
+use crate::text::printable;
 
 /// How long a monitor and its guest may take to answer before they are given
 /// up. They have nothing else to do.
-const ANSWER: Duration = Duration::from_secs(10);
+const ANSWER: Duration = Duration::from_secs(5);
+/// How many records are looked at at once.
+const AT_ONCE: usize = 64;
 
 /// What was done, for the log.
 #[derive(Debug, Default, PartialEq, Eq)]
@@ -33,6 +38,8 @@ pub struct Summary {
     pub failed: usize,
     /// Sandboxes in mid-start or mid-stop that were taken down.
     pub undone: usize,
+    /// Sandboxes that were to go with a call, which is over.
+    pub deleted: usize,
     /// Monitors without a record that were killed.
     pub stray_monitors: usize,
     /// Folders without a record that were removed.
@@ -42,17 +49,26 @@ pub struct Summary {
 pub(super) async fn reconcile(pool: &Arc<Pool>, records: Vec<SandboxRecord>) -> Summary {
     let mut summary = Summary::default();
     let mut kept = HashSet::new();
+    let turns = Arc::new(Semaphore::new(AT_ONCE));
+    let mut outcomes = JoinSet::new();
     for record in records {
-        let id = record.id.clone();
-        let outcome = one(pool, record).await;
+        let (pool, turns) = (Arc::clone(pool), Arc::clone(&turns));
+        outcomes.spawn(async move {
+            // Nobody closes it.
+            let _turn = turns.acquire().await;
+            (record.id.clone(), one(&pool, record).await)
+        });
+    }
+    for (id, outcome) in outcomes.join_all().await {
         match outcome {
-            Outcome::Adopted => summary.adopted += 1,
+            Outcome::Adopted => {
+                summary.adopted += 1;
+                kept.insert(id);
+            }
             Outcome::Failed => summary.failed += 1,
             Outcome::Kept => {}
             Outcome::Undone => summary.undone += 1,
-        }
-        if outcome == Outcome::Adopted {
-            kept.insert(id);
+            Outcome::Deleted => summary.deleted += 1,
         }
     }
     kill_strays(pool, &kept, &mut summary).await;
@@ -68,11 +84,17 @@ enum Outcome {
     /// It had failed before.
     Kept,
     Undone,
+    Deleted,
 }
 
 async fn one(pool: &Arc<Pool>, record: SandboxRecord) -> Outcome {
     let mut actor = Actor::new(pool, record);
     match actor.record.state {
+        State::Running | State::Failed if actor.record.goes_with_exec => {
+            tracing::warn!(sandbox = %actor.record.id, "was to go with a call, which is over; deleting it");
+            remove(pool, &actor).await;
+            Outcome::Deleted
+        }
         State::Failed => {
             keep(actor);
             Outcome::Kept
@@ -90,7 +112,9 @@ async fn one(pool: &Arc<Pool>, record: SandboxRecord) -> Outcome {
             }
         },
         State::Pending | State::Starting | State::Stopping | State::Stopped => {
-            undo(pool, &actor).await;
+            // Nothing of it stays, and who asked for it may ask again.
+            tracing::warn!(sandbox = %actor.record.id, state = %actor.record.state, "was cut off; removing what is left of it");
+            remove(pool, &actor).await;
             Outcome::Undone
         }
     }
@@ -103,7 +127,7 @@ async fn adopt(actor: &mut Actor) -> Result<(), Failure> {
         .record
         .monitor
         .ok_or_else(|| died("its record names no monitor".to_owned()))?;
-    let process = MonitorProcess::find(identity).map_err(|error| {
+    let mut process = MonitorProcess::find(identity).map_err(|error| {
         died(format!(
             "the monitor ended while soulboxd was away: {error}"
         ))
@@ -112,7 +136,7 @@ async fn adopt(actor: &mut Actor) -> Result<(), Failure> {
     let socket = match ControlSocket::connect(&actor.files.control_socket()) {
         Ok(socket) => socket,
         Err(error) => {
-            bury(process).await;
+            process.end().await;
             return Err(lost(format!(
                 "the monitor's control socket does not answer ({error})"
             )));
@@ -124,7 +148,10 @@ async fn adopt(actor: &mut Actor) -> Result<(), Failure> {
         let monitor = machine.control.metrics().await;
         monitor.map_err(|error| format!("the monitor did not answer: {error}"))?;
         let agent = guest.health().await;
-        agent.map_err(|status| format!("the guest's agent did not answer: {}", status.message()))
+        agent.map_err(|status| {
+            let said = printable(status.message(), MAX_SENTENCE_CHARS);
+            format!("the guest's agent did not answer: {said}")
+        })
     };
     let answered = match timeout(ANSWER, asked).await {
         Ok(answered) => answered.map(|_| ()),
@@ -163,26 +190,20 @@ fn keep(actor: Actor) {
     pool.actors.spawn(actor.run_adopted(commands_rx));
 }
 
-/// A start or a stop that was cut off: nothing of it stays, and who asked for
-/// it may ask again.
-async fn undo(pool: &Pool, actor: &Actor) {
+/// Its monitor, its files, then its record.
+async fn remove(pool: &Pool, actor: &Actor) {
     let record = &actor.record;
-    tracing::warn!(sandbox = %record.id, state = %record.state, "was cut off; removing what is left of it");
-    if let Some(Ok(process)) = record.monitor.map(MonitorProcess::find) {
-        bury(process).await;
+    if let Some(Ok(mut process)) = record.monitor.map(MonitorProcess::find) {
+        process.end().await;
     }
     if let Err(error) = actor.files.remove() {
         tracing::error!(sandbox = %record.id, %error, "files are left over");
     }
     let mut changes = vec![Change::RemoveSandbox(record.id.clone())];
     if let Some(request_id) = &record.request_id {
-        let was_answered = record.state == State::Stopping || record.state == State::Stopped;
-        let stored = was_answered.then(|| pool.requests.sandbox_gone(request_id));
-        changes.push(
-            stored
-                .flatten()
-                .unwrap_or_else(|| pool.requests.forget(request_id)),
-        );
+        changes.extend(pool.requests.sandbox_gone(request_id, &record.id));
+        // The call was cut off: its caller will ask again.
+        pool.requests.forget_unanswered(request_id);
     }
     if let Err(error) = pool.store.commit(changes).await {
         tracing::error!(sandbox = %record.id, %error, "its record stays");
@@ -190,10 +211,10 @@ async fn undo(pool: &Pool, actor: &Actor) {
 }
 
 async fn kill_strays(pool: &Pool, kept: &HashSet<SandboxId>, summary: &mut Summary) {
-    for (id, process) in stray_monitors(&sandboxes_dir(&pool.config.paths)) {
+    for (id, mut process) in stray_monitors(&sandboxes_dir(&pool.config.paths)) {
         if !kept.contains(&id) {
             tracing::warn!(sandbox = %id, pid = process.identity().pid, "a monitor without a record; killing it");
-            bury(process).await;
+            process.end().await;
             summary.stray_monitors += 1;
         }
     }
@@ -223,16 +244,6 @@ fn remove_stray_folders(pool: &Pool, kept: &HashSet<SandboxId>, summary: &mut Su
                 Err(error) => tracing::error!(%error, "a stray folder stays"),
             }
         }
-    }
-}
-
-async fn bury(mut process: MonitorProcess) {
-    process.kill();
-    if timeout(ANSWER, process.ended()).await.is_err() {
-        tracing::error!(
-            pid = process.identity().pid,
-            "a killed monitor does not end"
-        );
     }
 }
 
@@ -269,13 +280,18 @@ mod tests {
             State::Starting,
             State::Stopping,
             State::Running,
+            State::Failed,
         ];
         let mut records: Vec<SandboxRecord> = states.map(sample).into();
         records[1].request_id = Some("cut-off".to_owned());
+        records[2].request_id = Some("never answered".to_owned());
+        records[4].failure = Some(Failure::new("GUEST_PANIC", "It panicked."));
+        records[4].goes_with_exec = true;
         // A monitor that is not there any more.
         records[3].monitor = Some(MonitorIdentity {
             pid: i32::MAX,
             start_time_ticks: 1,
+            boot_id: None,
         });
         let sandboxes = sandboxes_dir(&config.paths);
         std::fs::create_dir_all(&sandboxes).unwrap();
@@ -291,13 +307,16 @@ mod tests {
         std::fs::write(sandboxes.join("README"), "not ours").unwrap();
         {
             let (store, _) = Store::open(&config.paths.state_dir.join("state.redb")).unwrap();
-            let request = RequestRecord {
-                body: serde_json::json!(1),
-                sandbox: records[1].id.clone(),
-                reply: None,
-                forget_at: None,
-            };
-            let mut changes = vec![Change::PutRequest("cut-off".to_owned(), request)];
+            let mut changes = Vec::new();
+            for (id, record) in [("cut-off", 1), ("never answered", 2)] {
+                let request = RequestRecord {
+                    body: serde_json::json!(1),
+                    sandbox: records[record].id.clone(),
+                    reply: None,
+                    forget_at: None,
+                };
+                changes.push(Change::PutRequest(id.to_owned(), request));
+            }
             changes.extend(records.iter().cloned().map(Change::PutSandbox));
             store.commit(changes).await.unwrap();
         }
@@ -315,6 +334,7 @@ mod tests {
             Summary {
                 failed: 1,
                 undone: 3,
+                deleted: 1,
                 stray_folders: 2,
                 ..Summary::default()
             }

@@ -84,9 +84,13 @@ impl Live {
 // === impl Registry ===
 
 impl Registry {
-    pub(super) fn new() -> Self {
+    /// Goes on counting after `last_sequence`.
+    pub(super) fn new(last_sequence: u64) -> Self {
         Self {
-            inner: Mutex::default(),
+            inner: Mutex::new(Inner {
+                last_sequence,
+                ..Inner::default()
+            }),
             changes: broadcast::channel(MAX_CHANGES_BEHIND).0,
         }
     }
@@ -209,7 +213,7 @@ mod tests {
 
     #[test]
     fn pages_are_in_the_order_of_creation() {
-        let registry = Registry::new();
+        let registry = Registry::new(0);
         let records: Vec<SandboxRecord> = (0..5).map(|_| insert(&registry)).collect();
         registry.remove(&records[1].id);
         let all = |_: &SandboxRecord| true;
@@ -221,7 +225,7 @@ mod tests {
 
     #[test]
     fn a_watcher_sees_what_is_and_then_each_change() {
-        let registry = Registry::new();
+        let registry = Registry::new(0);
         let mut record = insert(&registry);
         let mut subscription = registry.subscribe();
         assert_eq!(subscription.current, [record.clone()]);

@@ -87,11 +87,21 @@ impl Requests {
         }
     }
 
-    /// Sets how long the entry stays, now that its sandbox is gone. The change
-    /// is to be stored with the sandbox's removal.
-    pub(super) fn sandbox_gone(&self, id: &str) -> Option<Change> {
+    /// Sets how long the entry stays, now that its `sandbox` is gone; one without a
+    /// reply, or whose reply a retry may better, does not stay. The change is to be
+    /// stored with the sandbox's removal.
+    pub(super) fn sandbox_gone(&self, id: &str, sandbox: &SandboxId) -> Option<Change> {
         let mut entries = lock(&self.entries);
-        let record = entries.get_mut(id)?.record.as_mut()?;
+        let Some(record) = entries.get_mut(id).and_then(|entry| entry.record.as_mut()) else {
+            // Nobody has the id now, or somebody who has stored nothing yet.
+            return Some(Change::RemoveRequest(id.to_owned()));
+        };
+        if record.sandbox != *sandbox {
+            return None;
+        }
+        if !record.reply.as_ref().is_some_and(stands) {
+            return Some(Change::RemoveRequest(id.to_owned()));
+        }
         record.forget_at = Some(UnixMillis::now().plus(REMEMBER));
         Some(Change::PutRequest(id.to_owned(), record.clone()))
     }
@@ -113,10 +123,15 @@ impl Requests {
         forgotten
     }
 
-    /// Forgets one whose call was cut off: its caller will ask again.
-    pub(super) fn forget(&self, id: &str) -> Change {
-        lock(&self.entries).remove(id);
-        Change::RemoveRequest(id.to_owned())
+    /// Forgets one that no call of this daemon will answer.
+    pub(super) fn forget_unanswered(&self, id: &str) {
+        let mut entries = lock(&self.entries);
+        if entries
+            .get(id)
+            .is_some_and(|entry| entry.reply.borrow().is_none())
+        {
+            entries.remove(id);
+        }
     }
 }
 
@@ -152,10 +167,10 @@ impl Claimed {
     pub(super) fn answer(self, reply: Reply) {
         let mut entries = lock(&self.requests.entries);
         if let Some(entry) = entries.get(&self.id) {
+            let stays = entry.record.is_some() && stands(&reply);
             entry.reply.send_replace(Some(reply));
-            if entry.record.is_none() {
-                // Never admitted, so never stored and never forgotten: the
-                // reply is only for those who wait now.
+            if !stays {
+                // The reply is only for those who wait now.
                 entries.remove(&self.id);
             }
         }
@@ -171,6 +186,14 @@ impl Drop for Claimed {
         if unanswered {
             entries.remove(&self.id);
         }
+    }
+}
+
+/// Whether a repeated request is to get `reply`, rather than another try.
+fn stands(reply: &Reply) -> bool {
+    match reply {
+        Reply::Created { .. } => true,
+        Reply::Refused(refusal) => !refusal.is_retryable(),
     }
 }
 
@@ -231,10 +254,14 @@ mod tests {
     fn an_entry_goes_some_time_after_its_sandbox() {
         let requests = Requests::default();
         let claimed = first(&requests);
-        claimed.admitted(&SandboxId::random().unwrap()).unwrap();
+        let sandbox = SandboxId::random().unwrap();
+        claimed.admitted(&sandbox).unwrap();
+        claimed.prepare_answer(&created()).unwrap();
         claimed.answer(created());
         assert!(requests.forget_due().is_empty());
-        let Some(Change::PutRequest(id, mut record)) = requests.sandbox_gone("id") else {
+        let other = SandboxId::random().unwrap();
+        assert!(requests.sandbox_gone("id", &other).is_none());
+        let Some(Change::PutRequest(id, mut record)) = requests.sandbox_gone("id", &sandbox) else {
             panic!("nothing to store");
         };
         assert!(record.forget_at.unwrap() > UnixMillis::now());
@@ -243,5 +270,29 @@ mod tests {
         let reloaded = Requests::load([(id, record)]);
         assert_eq!(reloaded.forget_due().len(), 1);
         drop(first(&reloaded));
+    }
+
+    #[tokio::test]
+    async fn a_failure_that_a_retry_may_mend_frees_its_id() {
+        use crate::sandbox::{CreateError, StartError};
+
+        for (error, frees) in [(StartError::Stopping, true), (StartError::Protocol, false)] {
+            let requests = Requests::default();
+            let claimed = first(&requests);
+            let Claim::Repeated(mut waiting) = requests.claim("id", &json!(1)) else {
+                panic!("not repeated");
+            };
+            let sandbox = SandboxId::random().unwrap();
+            claimed.admitted(&sandbox).unwrap();
+            let reply = Reply::Refused((&CreateError::from(error)).into());
+            claimed.prepare_answer(&reply).unwrap();
+            let stored = requests.sandbox_gone("id", &sandbox);
+            assert_eq!(matches!(stored, Some(Change::RemoveRequest(_))), frees);
+            claimed.answer(reply);
+            // Who waited is answered either way.
+            assert!(waiting.wait_for(Option::is_some).await.is_ok());
+            let again = requests.claim("id", &json!(2));
+            assert_eq!(matches!(again, Claim::First(_)), frees, "{again:?}");
+        }
     }
 }

@@ -8,7 +8,7 @@ use serde::Serialize;
 use soulbox_proto::host::v1 as proto;
 
 use super::error::CreateError;
-use super::{MAX_VCPUS, MIN_MEMORY_MIB};
+use super::{MAX_DISK_MIB, MAX_MEMORY_MIB, MAX_TTL_SECONDS, MAX_VCPUS, MIN_MEMORY_MIB};
 use crate::admission::Amounts;
 use crate::config::{Defaults, Limits};
 use crate::record::Resources;
@@ -62,13 +62,21 @@ impl CreateSpec {
                 format!("is {}; give 1 to {MAX_VCPUS}", resources.vcpus),
             );
         }
-        if resources.memory_mib != 0 && resources.memory_mib < MIN_MEMORY_MIB {
+        if resources.memory_mib != 0
+            && !(MIN_MEMORY_MIB..=MAX_MEMORY_MIB).contains(&resources.memory_mib)
+        {
             violations.add(
                 "resources.memory_mib",
                 format!(
-                    "is {}; give at least {MIN_MEMORY_MIB}",
+                    "is {}; give {MIN_MEMORY_MIB} to {MAX_MEMORY_MIB}",
                     resources.memory_mib
                 ),
+            );
+        }
+        if resources.disk_mib > MAX_DISK_MIB {
+            violations.add(
+                "resources.disk_mib",
+                format!("is {}; give at most {MAX_DISK_MIB}", resources.disk_mib),
             );
         }
         let ttl = request.ttl.and_then(|ttl| match Duration::try_from(ttl) {
@@ -76,6 +84,16 @@ impl CreateSpec {
                 violations.add(
                     "ttl",
                     "is zero; leave it out for the node's default".to_owned(),
+                );
+                None
+            }
+            Ok(ttl) if ttl > Duration::from_secs(MAX_TTL_SECONDS) => {
+                violations.add(
+                    "ttl",
+                    format!(
+                        "is {} s; give at most {MAX_TTL_SECONDS} s, or leave it out",
+                        ttl.as_secs()
+                    ),
                 );
                 None
             }
@@ -307,6 +325,30 @@ mod tests {
                 "resources.memory_mib",
                 proto::CreateSandboxRequest {
                     resources: resources(1, 127),
+                    ..request()
+                },
+            ),
+            (
+                "resources.memory_mib",
+                proto::CreateSandboxRequest {
+                    resources: resources(1, MAX_MEMORY_MIB + 1),
+                    ..request()
+                },
+            ),
+            (
+                "resources.disk_mib",
+                proto::CreateSandboxRequest {
+                    resources: Some(proto::Resources {
+                        disk_mib: MAX_DISK_MIB + 1,
+                        ..proto::Resources::default()
+                    }),
+                    ..request()
+                },
+            ),
+            (
+                "ttl",
+                proto::CreateSandboxRequest {
+                    ttl: ttl(i64::MAX),
                     ..request()
                 },
             ),

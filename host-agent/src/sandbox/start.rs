@@ -18,6 +18,7 @@ use crate::monitor::RequestError;
 use crate::record::{Resources, Transition};
 use crate::store::Change;
 use crate::template::OpenTemplate;
+use crate::text::printable;
 use crate::time::Stopwatch;
 
 /// No PCI and no legacy devices; a panic ends the guest at once, and whatever
@@ -27,6 +28,9 @@ const KERNEL_CMDLINE: &str = "console=ttyS0 root=/dev/vda rootfstype=ext4 rw ini
 
 /// Every monitor has a vsock of its own, so all guests can be the first.
 const GUEST_CID: u32 = 3;
+
+/// What is kept of an agent's sentence.
+pub(super) const MAX_SENTENCE_CHARS: usize = 500;
 
 /// How long a monitor that serves nothing else may take to tell its console.
 const CONSOLE: Duration = Duration::from_millis(500);
@@ -58,7 +62,13 @@ impl Actor {
         watch.lap("prepare");
 
         // No await between the start and the note of it in `self`.
-        let (process, socket) = crate::monitor::spawn(&self.pool.monitor_binary, log)?;
+        let (process, socket) =
+            crate::monitor::spawn(&self.pool.monitor_binary, log).map_err(|error| {
+                StartError::Spawn {
+                    error,
+                    log_line: self.files.last_log_line(),
+                }
+            })?;
         let identity = process.identity();
         self.machine = Some(Machine::new(process, socket));
         self.transition(Transition::Spawned(identity)).await?;
@@ -125,7 +135,7 @@ impl Actor {
         let Some(hello) = machine.ready().await else {
             return Err(StartError::Ended(self.bury().await));
         };
-        watch.push("boot.kernel", Duration::from_micros(hello.agent_started_us));
+        watch.push("boot.guest", Duration::from_micros(hello.agent_started_us));
         let agent_us = hello.agent_ready_us.saturating_sub(hello.agent_started_us);
         watch.push("boot.agent", Duration::from_micros(agent_us));
         Ok(())
@@ -144,7 +154,7 @@ impl Actor {
         let message = tokio::select! {
             answered = timeout(limit, call) => match answered {
                 Ok(Ok(())) => return Ok(()),
-                Ok(Err(status)) => status.message().to_owned(),
+                Ok(Err(status)) => printable(status.message(), MAX_SENTENCE_CHARS),
                 Err(_) => format!("no answer within {} ms", limit.as_millis()),
             },
             () = machine.ended() => String::new(),

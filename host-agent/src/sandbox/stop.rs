@@ -5,7 +5,7 @@ use std::time::Duration;
 use tokio::sync::mpsc;
 use tokio::time::{Instant, timeout_at};
 
-use super::actor::{Actor, Command};
+use super::actor::{Actor, Command, Delete, next_delete};
 use super::error::DeleteError;
 use crate::record::{State, Transition};
 use crate::store::Change;
@@ -19,7 +19,7 @@ impl Actor {
     /// leaves.
     pub(super) async fn stop(
         mut self,
-        mut deletes: Vec<Command>,
+        mut deletes: Vec<Delete>,
         mut commands: mpsc::Receiver<Command>,
     ) {
         if self.record.state != State::Stopping
@@ -29,8 +29,7 @@ impl Actor {
             // need not keep a guest alive.
             tracing::warn!(sandbox = %self.record.id, %error, "the stop is not on disk");
         }
-        let force =
-            |deletes: &[Command]| deletes.iter().any(|Command::Delete { force, .. }| *force);
+        let force = |deletes: &[Delete]| deletes.iter().any(|delete| delete.force);
         if self.guest.is_some() && !force(&deletes) {
             self.stop_cleanly(&mut deletes, &mut commands).await;
         }
@@ -44,11 +43,13 @@ impl Actor {
                 tracing::error!(sandbox = %self.record.id, %error, "not removed");
             }
             answer(&mut deletes, &removed);
+            // Also when something is left: that can take for ever.
+            self.refuse();
             if removed.is_ok() {
                 break;
             }
             tokio::select! {
-                Some(command) = commands.recv() => deletes.push(command),
+                Some(delete) = next_delete(&mut commands) => deletes.push(delete),
                 () = tokio::time::sleep(TRY_AGAIN) => {}
                 () = leave.cancelled() => return,
             }
@@ -56,8 +57,8 @@ impl Actor {
         tracing::info!(sandbox = %self.record.id, "deleted");
         // Nobody finds the sandbox any more, but some may have found it before.
         commands.close();
-        while let Some(command) = commands.recv().await {
-            deletes.push(command);
+        while let Some(delete) = next_delete(&mut commands).await {
+            deletes.push(delete);
         }
         answer(&mut deletes, &Ok(()));
     }
@@ -66,7 +67,7 @@ impl Actor {
     /// over, or somebody has no patience.
     async fn stop_cleanly(
         &mut self,
-        deletes: &mut Vec<Command>,
+        deletes: &mut Vec<Delete>,
         commands: &mut mpsc::Receiver<Command>,
     ) {
         let (Some(guest), Some(machine)) = (self.guest.take(), self.machine.as_mut()) else {
@@ -84,9 +85,9 @@ impl Actor {
         let stopped = loop {
             tokio::select! {
                 stopped = &mut clean => break stopped,
-                Some(command) = commands.recv() => {
-                    let Command::Delete { force, .. } = command;
-                    deletes.push(command);
+                Some(delete) = next_delete(commands) => {
+                    let force = delete.force;
+                    deletes.push(delete);
                     if force {
                         break false;
                     }
@@ -112,7 +113,7 @@ impl Actor {
         }
         let mut changes = vec![Change::RemoveSandbox(id.clone())];
         if let Some(request_id) = &self.record.request_id {
-            changes.extend(self.pool.requests.sandbox_gone(request_id));
+            changes.extend(self.pool.requests.sandbox_gone(request_id, &id));
         }
         self.pool
             .store
@@ -126,8 +127,8 @@ impl Actor {
     }
 }
 
-fn answer(deletes: &mut Vec<Command>, outcome: &Result<(), DeleteError>) {
-    for Command::Delete { done, .. } in deletes.drain(..) {
+fn answer(deletes: &mut Vec<Delete>, outcome: &Result<(), DeleteError>) {
+    for Delete { done, .. } in deletes.drain(..) {
         // A caller that has gone away wanted it gone all the same.
         let _ = done.send(outcome.clone());
     }

@@ -6,6 +6,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use soulbox_proto::guest::MAX_REQUEST_BYTES;
 use soulbox_proto::guest::v1::{self as guest, ExecResponse};
 use soulbox_proto::host::v1::{ExecRequest, ExecStart, exec_request};
 use tokio::sync::{mpsc, watch};
@@ -14,7 +15,8 @@ use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::task::task_tracker::TaskTrackerToken;
 use tonic::{Code, Status, Streaming};
 
-use super::sandboxes::{invalid, parse_id};
+use super::agent::told;
+use super::sandboxes::invalid;
 use crate::guest::Guest;
 use crate::id::SandboxId;
 use crate::record::State;
@@ -33,11 +35,9 @@ pub(super) async fn exec(
     mut requests: Streaming<ExecRequest>,
     call: TaskTrackerToken,
 ) -> Result<impl Stream<Item = Result<ExecResponse, Status>> + use<>, Status> {
-    let start = match requests
-        .message()
-        .await?
-        .and_then(|request| request.message)
-    {
+    let first = requests.message().await;
+    let first = first.map_err(|status| unreadable("start", status))?;
+    let start = match first.and_then(|request| request.message) {
         Some(exec_request::Message::Start(start)) => start,
         Some(exec_request::Message::Input(_)) | None => {
             return Err(invalid("start", "is missing; send it first".to_owned()));
@@ -48,7 +48,9 @@ pub(super) async fn exec(
         process,
         delete_sandbox_after,
     } = start;
-    let id = parse_id(&sandbox_id)?;
+    let id: SandboxId = sandbox_id
+        .parse()
+        .map_err(|_| invalid("start.sandbox_id", "is not a sandbox id".to_owned()))?;
     let after = delete_sandbox_after.then(|| (Arc::clone(&pool), id.clone()));
     let (responses, stream) = mpsc::channel(1);
     let Some(process) = process else {
@@ -61,7 +63,7 @@ pub(super) async fn exec(
     tokio::spawn(async move {
         let _call = call;
         let proxied = tokio::select! {
-            proxied = proxy(&pool, &id, process, requests, &responses) => proxied,
+            proxied = proxy(&pool, &id, process, delete_sandbox_after, requests, &responses) => proxied,
             // The caller is gone: dropping the guest's streams kills the program.
             () = responses.closed() => Ok(()),
         };
@@ -88,11 +90,17 @@ async fn proxy(
     pool: &Pool,
     id: &SandboxId,
     process: guest::ProcessSpec,
+    delete_sandbox_after: bool,
     requests: Streaming<ExecRequest>,
     responses: &Responses,
 ) -> Result<(), Status> {
     let mut view = pool.view(id).map_err(|error| status(&error))?;
     let guest = usable(&view.borrow()).map_err(|error| status(&error))?;
+    if delete_sandbox_after {
+        // Before anything runs: this daemon may not live to delete it.
+        let recorded = pool.go_with_exec(id).await;
+        recorded.map_err(|error| status(&error))?;
+    }
     let (refused, refusal) = mpsc::channel(1);
     let input = input(process, requests, refused);
     let ended = {
@@ -105,14 +113,25 @@ async fn proxy(
         }
     };
     match ended {
-        Err(status) if is_connection_loss(&status) => {
-            match tokio::time::timeout(EXPLANATION, death(id, &mut view)).await {
-                Ok(error) => Err(crate::status::status(&error)),
-                Err(_) => Err(status),
-            }
+        Ok(()) => Ok(()),
+        Err(Broken::Caller(status)) => Err(status),
+        Err(Broken::Guest(said)) if is_connection_loss(&said) => {
+            tracing::debug!(sandbox = %id, status = %said, "the connection to the agent broke");
+            let explained = tokio::time::timeout(EXPLANATION, death(id, &mut view)).await;
+            Err(status(
+                &explained.unwrap_or_else(|_| UseError::Lost { id: id.clone() }),
+            ))
         }
-        ended => ended,
+        Err(Broken::Guest(said)) => Err(told(&said)),
     }
+}
+
+/// Whose status ends a call before the program.
+enum Broken {
+    /// It is for the caller as it is.
+    Caller(Status),
+    /// From the guest's agent, or about the connection to it.
+    Guest(Status),
 }
 
 async fn relay(
@@ -120,12 +139,12 @@ async fn relay(
     input: impl Stream<Item = guest::ExecRequest> + Send + 'static,
     mut refusal: mpsc::Receiver<Status>,
     responses: &Responses,
-) -> Result<(), Status> {
-    let mut events = guest.exec(input).await?;
+) -> Result<(), Broken> {
+    let mut events = guest.exec(input).await.map_err(Broken::Guest)?;
     loop {
         let event = tokio::select! {
-            event = events.message() => event?,
-            Some(status) = refusal.recv() => return Err(status),
+            event = events.message() => event.map_err(Broken::Guest)?,
+            Some(status) = refusal.recv() => return Err(Broken::Caller(status)),
         };
         let Some(event) = event else { return Ok(()) };
         if responses.send(Ok(event)).await.is_err() {
@@ -160,13 +179,24 @@ fn input(
                 "input",
                 "is missing; after start, send only input".to_owned(),
             ),
-            Err(status) => status,
+            Err(status) => unreadable("input", status),
         };
         // One refusal is enough.
         let _ = refused.try_send(status);
         None
     });
     tokio_stream::once(start).chain(rest)
+}
+
+/// A request that could not be read: it is too large, or the caller has gone.
+fn unreadable(field: &str, status: Status) -> Status {
+    match status.code() {
+        Code::OutOfRange => invalid(
+            field,
+            format!("has more than {MAX_REQUEST_BYTES} bytes; pass data through stdin or a file"),
+        ),
+        _ => status,
+    }
 }
 
 fn usable(view: &View) -> Result<Guest, UseError> {
@@ -259,6 +289,11 @@ mod tests {
             error(State::Starting),
             UseError::NotRunning { .. }
         ));
+        assert!(
+            error(State::Stopping)
+                .to_string()
+                .ends_with("make another one")
+        );
         assert!(matches!(error(State::Failed), UseError::Failed { .. }));
         assert!(matches!(error(State::Stopped), UseError::NotFound(_)));
     }

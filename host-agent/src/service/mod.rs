@@ -1,5 +1,6 @@
 //! gRPC: what travels in and out, and nothing that decides.
 
+mod agent;
 mod convert;
 mod exec;
 mod node;

@@ -15,7 +15,7 @@ use tonic::{Request, Response, Status, Streaming};
 use super::{convert, exec, watch};
 use crate::id::SandboxId;
 use crate::sandbox::{CreateError, CreateSpec, Pool};
-use crate::status::{FieldViolation, status};
+use crate::status::{Bug, FieldViolation, status};
 
 const DEFAULT_PAGE_SIZE: u32 = 100;
 const MAX_PAGE_SIZE: u32 = 1000;
@@ -162,7 +162,8 @@ impl SandboxService for SandboxApi {
         let pool = Arc::clone(&self.pool);
         // Reads a few files of each template.
         let listed = tokio::task::spawn_blocking(move || pool.templates()).await;
-        let listed = listed.map_err(|error| Status::internal(error.to_string()))?;
+        let listed =
+            listed.map_err(|error| status(&Bug(format!("templates were not read: {error}"))))?;
         let default = &self.pool.config().defaults.template;
         Ok(Response::new(proto::ListTemplatesResponse {
             templates: listed

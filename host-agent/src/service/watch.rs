@@ -13,7 +13,8 @@ use tonic::Status;
 
 use super::convert;
 use crate::record::SandboxRecord;
-use crate::sandbox::{ChangeKind, Subscription};
+use crate::sandbox::{ChangeKind, Subscription, WatchError};
+use crate::status::status;
 
 /// What waits for a watcher beside the shared list of changes.
 const BUFFER: usize = 16;
@@ -31,9 +32,8 @@ pub(super) fn watch(
             () = feed(subscription, &labels, &changes) => {}
             () = gone.closed() => {}
             () = stopping.cancelled() => {
-                let told = Status::unavailable("soulboxd is stopping; watch again when it runs");
                 // Unless the watcher has fallen behind: then it sees the end.
-                let _ = changes.try_send(Err(told));
+                let _ = changes.try_send(Err(status(&WatchError::Stopping)));
             }
         }
     });
@@ -63,9 +63,7 @@ async fn feed(mut subscription: Subscription, labels: &HashMap<String, String>, 
                 };
                 Ok(response(kind, &change.record))
             }
-            Err(RecvError::Lagged(missed)) => Err(Status::data_loss(format!(
-                "this watcher fell behind and missed {missed} changes; watch again"
-            ))),
+            Err(RecvError::Lagged(missed)) => Err(status(&WatchError::FellBehind { missed })),
             Err(RecvError::Closed) => return,
         };
         let last = told.is_err();
@@ -86,6 +84,7 @@ fn response(kind: Kind, record: &SandboxRecord) -> proto::WatchSandboxesResponse
 mod tests {
     use tokio::sync::broadcast;
     use tokio_stream::StreamExt as _;
+    use tonic_types::StatusExt as _;
 
     use super::*;
     use crate::record::State;
@@ -152,6 +151,9 @@ mod tests {
         while let Some(told) = stream.next().await {
             last = Some(told);
         }
-        assert_eq!(last.unwrap().unwrap_err().code(), tonic::Code::DataLoss);
+        let status = last.unwrap().unwrap_err();
+        assert_eq!(status.code(), tonic::Code::DataLoss);
+        let details = status.get_error_details();
+        assert_eq!(details.error_info().unwrap().reason, "WATCHER_FELL_BEHIND");
     }
 }

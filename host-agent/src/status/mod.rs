@@ -70,6 +70,13 @@ impl<E: Explain> From<&E> for Refusal {
     }
 }
 
+impl Refusal {
+    /// Whether the same request may fare better another time.
+    pub fn is_retryable(&self) -> bool {
+        self.retry_after_ms.is_some() || self.code == i32::from(Code::Unavailable)
+    }
+}
+
 impl From<Refusal> for Status {
     fn from(refusal: Refusal) -> Self {
         let mut details = ErrorDetails::new();
@@ -82,6 +89,21 @@ impl From<Refusal> for Status {
             details.set_retry_info(Some(Duration::from_millis(delay)));
         }
         Status::with_error_details(Code::from_i32(refusal.code), refusal.message, details)
+    }
+}
+
+/// What no request and no host should be able to cause.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}; this is a bug in soulboxd, please report it with its log")]
+pub struct Bug(pub String);
+
+impl Explain for Bug {
+    fn code(&self) -> Code {
+        Code::Internal
+    }
+
+    fn reason(&self) -> &str {
+        "INTERNAL"
     }
 }
 
@@ -103,6 +125,7 @@ mod tests {
         let stored = serde_json::to_string(&Refusal::from(&error)).unwrap();
         let loaded: Refusal = serde_json::from_str(&stored).unwrap();
         let status = Status::from(loaded);
+        assert!(Refusal::from(&error).is_retryable());
         assert_eq!(status.code(), Code::ResourceExhausted);
         assert_eq!(status.message(), error.to_string());
         let details = status.get_error_details();

@@ -12,7 +12,7 @@ use crate::id::ParseIdError;
 use crate::kvm::KvmError;
 use crate::monitor::SpawnError;
 use crate::record::Failure;
-use crate::sandbox::{CreateError, DeleteError, StartError, UseError};
+use crate::sandbox::{CreateError, DeleteError, StartError, UseError, WatchError};
 use crate::template::{KernelError, TemplateError};
 
 /// How long a caller should wait for resources, or for a daemon that restarts.
@@ -88,10 +88,11 @@ impl Explain for StartError {
             Self::Store(_) | Self::Transition(_) | Self::Prepare { .. } | Self::Protocol => {
                 Code::Internal
             }
-            Self::Spawn(SpawnError::Missing { .. } | SpawnError::NotExecutable { .. }) => {
-                Code::FailedPrecondition
-            }
-            Self::Spawn(_) | Self::Agent { .. } => Code::Internal,
+            Self::Spawn {
+                error: SpawnError::Missing { .. } | SpawnError::NotExecutable { .. },
+                ..
+            } => Code::FailedPrecondition,
+            Self::Spawn { .. } | Self::Agent { .. } => Code::Internal,
             Self::Refused { code, .. } => match code {
                 MonitorCode::Kvm | MonitorCode::Kernel | MonitorCode::Disk => {
                     Code::FailedPrecondition
@@ -110,7 +111,7 @@ impl Explain for StartError {
             Self::Store(_) => "STORE_FAILED",
             Self::Transition(_) => "INTERNAL",
             Self::Prepare { .. } => "HOST_FAILED",
-            Self::Spawn(_) => "MONITOR_NOT_STARTED",
+            Self::Spawn { .. } => "MONITOR_NOT_STARTED",
             Self::Refused { code, .. } => match code {
                 MonitorCode::Kvm => "KVM_UNAVAILABLE",
                 MonitorCode::Kernel => "KERNEL_INVALID",
@@ -129,7 +130,7 @@ impl Explain for StartError {
     }
 
     fn retry_after(&self) -> Option<Duration> {
-        matches!(self, Self::Stopping).then_some(RETRY)
+        matches!(self, Self::Stopping | Self::Store(_)).then_some(RETRY)
     }
 
     fn metadata(&self) -> BTreeMap<String, String> {
@@ -235,7 +236,10 @@ impl Explain for UseError {
         match self {
             Self::NotFound(_) => Code::NotFound,
             Self::NotRunning { .. } | Self::Failed { .. } => Code::FailedPrecondition,
-            Self::Died { .. } | Self::Deleted { .. } => Code::Unavailable,
+            Self::Died { .. } | Self::Deleted { .. } | Self::Lost { .. } | Self::Stopping => {
+                Code::Unavailable
+            }
+            Self::Store { .. } => Code::Internal,
         }
     }
 
@@ -246,6 +250,16 @@ impl Explain for UseError {
             Self::Failed { .. } => "SANDBOX_FAILED",
             Self::Died { .. } => "SANDBOX_DIED",
             Self::Deleted { .. } => "SANDBOX_DELETED",
+            Self::Lost { .. } => "GUEST_UNREACHABLE",
+            Self::Store { .. } => "STORE_FAILED",
+            Self::Stopping => "DRAINING",
+        }
+    }
+
+    fn retry_after(&self) -> Option<Duration> {
+        match self {
+            Self::Lost { .. } | Self::Store { .. } | Self::Stopping => Some(RETRY),
+            _ => None,
         }
     }
 
@@ -258,6 +272,26 @@ impl Explain for UseError {
             }
             _ => BTreeMap::new(),
         }
+    }
+}
+
+impl Explain for WatchError {
+    fn code(&self) -> Code {
+        match self {
+            Self::FellBehind { .. } => Code::DataLoss,
+            Self::Stopping => Code::Unavailable,
+        }
+    }
+
+    fn reason(&self) -> &str {
+        match self {
+            Self::FellBehind { .. } => "WATCHER_FELL_BEHIND",
+            Self::Stopping => "DRAINING",
+        }
+    }
+
+    fn retry_after(&self) -> Option<Duration> {
+        matches!(self, Self::Stopping).then_some(RETRY)
     }
 }
 

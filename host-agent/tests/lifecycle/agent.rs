@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 use std::pin::Pin;
 
+use soulbox_proto::guest::MAX_REQUEST_BYTES;
 use soulbox_proto::guest::v1::process_service_server::{ProcessService, ProcessServiceServer};
 use soulbox_proto::guest::v1::system_service_server::{SystemService, SystemServiceServer};
 use soulbox_proto::guest::v1::{self as guest, exec_request, exec_response, exited, process_input};
@@ -18,7 +19,10 @@ use crate::monitor::Machine;
 
 pub async fn serve(machine: Machine, incoming: mpsc::Receiver<std::io::Result<UnixStream>>) {
     tonic::transport::Server::builder()
-        .add_service(ProcessServiceServer::new(Agent(machine.clone())))
+        .add_service(
+            ProcessServiceServer::new(Agent(machine.clone()))
+                .max_decoding_message_size(MAX_REQUEST_BYTES),
+        )
         .add_service(SystemServiceServer::new(Agent(machine)))
         .serve_with_incoming(ReceiverStream::new(incoming))
         .await

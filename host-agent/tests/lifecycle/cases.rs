@@ -1,10 +1,11 @@
 //! One function for each way that a sandbox can live or die.
 
 use std::fs;
+use std::io::{BufRead as _, BufReader};
 use std::pin::Pin;
 use std::time::{Duration, Instant};
 
-use soulbox_proto::guest::v1::{ProcessSpec, exec_response, exited};
+use soulbox_proto::guest::v1::{ProcessInput, ProcessSpec, exec_response, exited, process_input};
 use soulbox_proto::host::v1::sandbox_service_client::SandboxServiceClient;
 use soulbox_proto::host::v1::watch_sandboxes_response::Kind;
 use soulbox_proto::host::v1::{
@@ -12,11 +13,12 @@ use soulbox_proto::host::v1::{
     GetNodeRequest, GetSandboxRequest, ListSandboxesRequest, Sandbox, SandboxState,
     WatchSandboxesRequest, exec_request,
 };
+use tokio_stream::StreamExt as _;
 use tonic::transport::Channel;
 use tonic::{Code, Status, Streaming};
 use tonic_types::StatusExt as _;
 
-use crate::support::{Daemon, Host, PATIENCE, X86_64, elf, reason};
+use crate::support::{Daemon, Host, PATIENCE, X86_64, elf, fields, reason};
 
 type Client = SandboxServiceClient<Channel>;
 type Case = fn() -> Pin<Box<dyn Future<Output = ()>>>;
@@ -31,6 +33,8 @@ cases! {
     a_sandbox_lives_and_leaves_nothing,
     the_command_line_passes_everything_through,
     output_is_bounded_in_memory,
+    calls_that_nobody_reads_hold_up_no_others,
+    a_large_argument_list_passes,
     a_caller_that_goes_ends_the_program,
     a_killed_monitor_ends_calls_within_a_second,
     a_guest_that_ends_itself_is_failed,
@@ -42,7 +46,10 @@ cases! {
     a_time_to_live_ends,
     a_killed_daemon_is_followed_by_one_that_adopts,
     a_daemon_that_stops_keeps_or_stops_its_sandboxes,
+    a_sandbox_of_a_call_goes_with_it_when_the_daemon_went_first,
+    a_hung_monitor_holds_up_no_start,
     a_cut_off_start_is_undone,
+    a_retry_after_a_passing_failure_is_a_new_try,
     watchers_see_every_step,
 }
 
@@ -79,25 +86,33 @@ async fn make(client: &mut Client) -> String {
     create(client, "base").await.unwrap().sandbox.unwrap().id
 }
 
-async fn exec(client: &mut Client, id: &str, argv: &[&str]) -> Events {
+fn start(id: &str, argv: &[&str]) -> ExecStart {
+    ExecStart {
+        sandbox_id: id.to_owned(),
+        process: Some(ProcessSpec {
+            argv: argv
+                .iter()
+                .map(|arg| arg.as_bytes().to_vec().into())
+                .collect(),
+            ..ProcessSpec::default()
+        }),
+        delete_sandbox_after: false,
+    }
+}
+
+async fn exec_start(client: &mut Client, start: ExecStart) -> Events {
     let start = ExecRequest {
-        message: Some(exec_request::Message::Start(ExecStart {
-            sandbox_id: id.to_owned(),
-            process: Some(ProcessSpec {
-                argv: argv
-                    .iter()
-                    .map(|arg| arg.as_bytes().to_vec().into())
-                    .collect(),
-                ..ProcessSpec::default()
-            }),
-            delete_sandbox_after: false,
-        })),
+        message: Some(exec_request::Message::Start(start)),
     };
     client
         .exec(tokio_stream::once(start))
         .await
         .unwrap()
         .into_inner()
+}
+
+async fn exec(client: &mut Client, id: &str, argv: &[&str]) -> Events {
+    exec_start(client, start(id, argv)).await
 }
 
 type Events = Streaming<soulbox_proto::guest::v1::ExecResponse>;
@@ -181,7 +196,7 @@ async fn a_sandbox_lives_and_leaves_nothing() {
             "prepare",
             "spawn",
             "boot.machine",
-            "boot.kernel",
+            "boot.guest",
             "boot.agent",
             "boot",
             "configure",
@@ -278,6 +293,72 @@ async fn output_is_bounded_in_memory() {
     let grown = peak_kib() - before;
     println!("soulboxd grew by {grown} KiB for {MIB} MiB of output");
     assert!(grown < 48 * 1024, "soulboxd grew by {grown} KiB");
+}
+
+async fn calls_that_nobody_reads_hold_up_no_others() {
+    let host = host();
+    let daemon = host.start();
+    let mut client = daemon.sandboxes().await;
+    let id = make(&mut client).await;
+    // Programs that read nothing, on one connection; each is sent more than a
+    // connection's default window.
+    let mut unread = Vec::new();
+    for _ in 0..3 {
+        let chunk = ProcessInput {
+            input: Some(process_input::Input::Stdin(vec![0; 1 << 20].into())),
+        };
+        let input = [exec_request::Message::Start(start(&id, &["sleep"]))]
+            .into_iter()
+            .chain((0..4).map(move |_| exec_request::Message::Input(chunk.clone())))
+            .map(|message| ExecRequest {
+                message: Some(message),
+            });
+        let input = tokio_stream::iter(input).chain(tokio_stream::pending());
+        let mut events = client.exec(input).await.unwrap().into_inner();
+        started(&mut events).await;
+        unread.push((client.clone(), events));
+    }
+    // Programs whose callers read nothing; a connection each, for its window is
+    // the caller's own.
+    for _ in 0..6 {
+        let mut client = daemon.sandboxes().await;
+        let mut events = exec(&mut client, &id, &["flood", "64"]).await;
+        started(&mut events).await;
+        unread.push((client, events));
+    }
+    // Long enough for all windows to be full.
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    let answered = tokio::time::timeout(PATIENCE / 2, async {
+        let mut events = exec(&mut client, &id, &["exit", "7"]).await;
+        let (_, status) = finish(&mut events).await.unwrap();
+        assert_eq!(status, exited::Status::Code(7));
+        delete(&mut client, &id, false).await;
+    });
+    answered.await.expect("held up");
+    host.assert_nothing_left();
+}
+
+async fn a_large_argument_list_passes() {
+    let host = host();
+    let daemon = host.start();
+    let mut client = daemon.sandboxes().await;
+    let id = make(&mut client).await;
+    let argument = "x".repeat(1 << 20);
+    let exec_with = async |client: &mut Client, count: usize| {
+        let mut argv = vec!["exit", "3"];
+        argv.extend(std::iter::repeat_n(argument.as_str(), count));
+        let start = ExecRequest {
+            message: Some(exec_request::Message::Start(start(&id, &argv))),
+        };
+        client.exec(tokio_stream::once(start)).await
+    };
+    let mut events = exec_with(&mut client, 7).await.unwrap().into_inner();
+    let (_, status) = finish(&mut events).await.unwrap();
+    assert_eq!(status, exited::Status::Code(3));
+    let refused = exec_with(&mut client, 8).await.unwrap_err();
+    assert_eq!(reason(&refused), "INVALID_REQUEST");
+    assert_eq!(fields(&refused), ["start"]);
+    delete(&mut client, &id, false).await;
 }
 
 async fn a_caller_that_goes_ends_the_program() {
@@ -594,6 +675,103 @@ async fn a_daemon_that_stops_keeps_or_stops_its_sandboxes() {
     let mut last = host.start();
     last.wait_for_log("adopted");
     last.terminate();
+    host.assert_nothing_left();
+}
+
+async fn a_sandbox_of_a_call_goes_with_it_when_the_daemon_went_first() {
+    let host = host();
+    let mut daemon = host.start();
+    let mut client = daemon.sandboxes().await;
+    let id = make(&mut client).await;
+    let kept = make(&mut client).await;
+    let start = ExecStart {
+        delete_sandbox_after: true,
+        ..start(&id, &["sleep"])
+    };
+    let mut events = exec_start(&mut client, start).await;
+    started(&mut events).await;
+    daemon.kill();
+    let mut next = host.start();
+    let summary = next.wait_for_log("records and host agree");
+    assert!(
+        summary.contains("adopted=1") && summary.contains("deleted=1"),
+        "{summary}"
+    );
+    assert!(next.wait_for_log("was to go with a call").contains(&id));
+    let mut client = next.sandboxes().await;
+    delete(&mut client, &kept, false).await;
+    assert!(list(&mut client).await.is_empty());
+    host.assert_nothing_left();
+    assert_all_is_free(&next).await;
+}
+
+async fn a_hung_monitor_holds_up_no_start() {
+    let host = host();
+    let mut daemon = host.start();
+    let mut client = daemon.sandboxes().await;
+    for _ in 0..3 {
+        make(&mut client).await;
+    }
+    daemon.kill();
+    for monitor in &host.monitors()[..2] {
+        let pid = rustix::process::Pid::from_raw(*monitor).unwrap();
+        rustix::process::kill_process(pid, rustix::process::Signal::STOP).unwrap();
+    }
+    // One that is asked to stop before it is ready does.
+    let mut asked = host
+        .soulboxd()
+        .stderr(std::process::Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut log = BufReader::new(asked.stderr.take().unwrap())
+        .lines()
+        .map(Result::unwrap);
+    assert!(log.any(|line| line.contains("adopted")));
+    let pid = rustix::process::Pid::from_raw(asked.id().try_into().unwrap()).unwrap();
+    rustix::process::kill_process(pid, rustix::process::Signal::TERM).unwrap();
+    let rest: Vec<String> = log.collect();
+    assert!(asked.wait().unwrap().success(), "{rest:#?}");
+    assert!(
+        rest.iter()
+            .any(|line| line.contains("stopped before it was ready")),
+        "{rest:#?}"
+    );
+
+    let mut next = host.start();
+    let summary = next.wait_for_log("records and host agree");
+    assert!(
+        summary.contains("adopted=1") && summary.contains("failed=2"),
+        "{summary}"
+    );
+    let reasons: Vec<_> = list(&mut next.sandboxes().await)
+        .await
+        .into_iter()
+        .filter_map(|sandbox| sandbox.failure)
+        .map(|failure| failure.reason)
+        .collect();
+    assert_eq!(reasons, ["MONITOR_LOST", "MONITOR_LOST"]);
+    assert!(host.soulbox(&["rm", "--all"]).status.success());
+    host.assert_nothing_left();
+    assert_all_is_free(&next).await;
+}
+
+async fn a_retry_after_a_passing_failure_is_a_new_try() {
+    let host = host();
+    let daemon = host.start();
+    let mut client = daemon.sandboxes().await;
+    let with_id = |template: &str, request_id: &str| CreateSandboxRequest {
+        request_id: request_id.to_owned(),
+        ..request(template)
+    };
+    let died = client.create_sandbox(with_id("die", "one")).await;
+    assert_eq!(reason(&died.unwrap_err()), "MONITOR_DIED");
+    client.create_sandbox(with_id("base", "one")).await.unwrap();
+    // One that every try would have is remembered.
+    let refused = client.create_sandbox(with_id("refuse", "two")).await;
+    assert_eq!(reason(&refused.unwrap_err()), "KERNEL_INVALID");
+    let other = client.create_sandbox(with_id("base", "two")).await;
+    assert_eq!(reason(&other.unwrap_err()), "REQUEST_ID_REUSED");
+    assert!(host.soulbox(&["rm", "--all"]).status.success());
     host.assert_nothing_left();
 }
 

@@ -39,9 +39,11 @@ pub fn main() -> ! {
 }
 
 async fn run() {
-    // SAFETY: soulboxd starts a monitor with its control socket as descriptor 3,
-    // and nothing in this process has touched that number before.
-    let control = unsafe { OwnedFd::from_raw_fd(3) };
+    let mut args = std::env::args().skip_while(|arg| arg != "--control-fd");
+    let number = args.nth(1).unwrap().parse().unwrap();
+    // SAFETY: soulboxd starts a monitor with its control socket as the descriptor
+    // that it names, and nothing in this process has touched it before.
+    let control = unsafe { OwnedFd::from_raw_fd(number) };
     let control = Arc::new(ControlSocket::new(control).unwrap());
     let datagram = control.receive().await.unwrap().unwrap();
     let request = proto::Request::decode(datagram.bytes.as_slice()).unwrap();
