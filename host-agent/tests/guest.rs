@@ -13,8 +13,13 @@ use libtest_mimic::{Arguments, Failed, Trial};
 mod guests;
 mod support;
 
+/// Set where the launcher has started this program.
+const INSIDE: &str = "SOULBOX_GUEST_TESTS_INSIDE";
+
 fn main() {
-    let args = Arguments::from_args();
+    let mut args = Arguments::from_args();
+    // One after the other: emulated guests get nothing from more.
+    args.test_threads.get_or_insert(1);
     if !args.list
         && let Some(error) = move_to_bench()
     {
@@ -35,7 +40,7 @@ fn run(test: fn() -> anyhow::Result<()>) -> Result<(), Failed> {
 /// Replaces this process by the launcher with this program in it, unless it is
 /// inside already. Returns only with what went wrong.
 fn move_to_bench() -> Option<String> {
-    if std::env::var_os("SOULBOX_BENCH").is_some() {
+    if std::env::var_os(INSIDE).is_some() {
         return None;
     }
     let templates = guests::template_dir();
@@ -57,10 +62,9 @@ fn move_to_bench() -> Option<String> {
     ] {
         launcher.arg("--file").arg(file);
     }
-    // Inside, SOULBOX_BENCH is set; outside, on a CPU that can, it is not.
     launcher
-        .args(["--env", "SOULBOX_BENCH=direct"])
-        .args(["--env", "TMPDIR=/var/lib/soulbox-scratch"])
+        .arg("--env")
+        .arg(format!("{INSIDE}=1"))
         .arg("--")
         .arg(&this)
         .args(std::env::args_os().skip(1));

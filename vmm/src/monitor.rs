@@ -14,7 +14,7 @@ use soulbox_proto::vmm::v1::{
 use crate::bus::lock;
 use crate::config::BootRequest;
 use crate::console::Console;
-use crate::control::{ControlSocket, Incoming, ReceiveError};
+use crate::control::{ControlSocket, Incoming, ReceiveError, Received, Wait};
 use crate::error_chain;
 use crate::events::{self, EventReceiver, Exit, MachineEvent};
 use crate::machine::{BuildError, Machine, Origin, Parts, Stopwatch};
@@ -74,7 +74,11 @@ pub fn run(control: OwnedFd) -> Result<Outcome, MonitorError> {
                 started_at_ns,
             };
             let sent = control.reply(id, ReplyResult::Booted(booted));
-            monitor.control = sent.is_ok().then_some(control);
+            if sent.is_ok() {
+                monitor.control = Some(control);
+            } else if monitor.client_gone().is_some() {
+                return Ok(Outcome::Ended);
+            }
             monitor.serve()
         }
         Err((code, message)) => {
@@ -90,9 +94,10 @@ pub fn run(control: OwnedFd) -> Result<Outcome, MonitorError> {
 /// goes before that.
 fn wait_for_boot(control: &ControlSocket) -> Result<Option<(u64, BootRequest)>, MonitorError> {
     loop {
-        let Incoming { request, fds } = match control.receive() {
-            Ok(Some(incoming)) => incoming,
-            Ok(None) => return Ok(None),
+        let Incoming { request, fds } = match control.receive(Wait::Yes) {
+            Ok(Received::Request(incoming)) => incoming,
+            Ok(Received::Nothing) => continue,
+            Ok(Received::End) => return Ok(None),
             Err(error @ ReceiveError::Io(_)) => return Err(error.into()),
             Err(error) => {
                 if control
@@ -247,9 +252,11 @@ impl Monitor {
         let Some(control) = &self.control else {
             return Ok(None);
         };
-        let request = match control.receive() {
-            Ok(Some(incoming)) => incoming.request,
-            Ok(None) | Err(ReceiveError::Io(_)) => return Ok(self.client_gone()),
+        // The event may be of a client before this one: do not wait.
+        let request = match control.receive(Wait::No) {
+            Ok(Received::Request(incoming)) => incoming.request,
+            Ok(Received::Nothing) => return Ok(None),
+            Ok(Received::End) | Err(ReceiveError::Io(_)) => return Ok(self.client_gone()),
             Err(error) => {
                 let refused = control.refuse(0, Code::Invalid, error_chain(&error));
                 return Ok(refused.is_err().then(|| self.client_gone()).flatten());

@@ -43,7 +43,9 @@ impl Host {
     /// As [`Self::new`], with lines of the section `[paths]`, such as
     /// `("kvm", "/none")`.
     pub fn with_paths(paths: &[(&str, &Path)], extra: &str) -> Self {
-        let folder = tempfile::tempdir().unwrap();
+        // The nested bench has a disk for this; its /tmp is memory.
+        let scratch = std::env::var_os("SOULBOX_SCRATCH").map(PathBuf::from);
+        let folder = tempfile::tempdir_in(scratch.unwrap_or_else(std::env::temp_dir)).unwrap();
         let at = |name: &str| folder.path().join(name);
         let mut all = vec![
             ("state_dir", at("state")),

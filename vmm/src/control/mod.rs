@@ -24,6 +24,23 @@ pub struct ControlSocket {
     socket: OwnedFd,
 }
 
+/// What a client's socket held.
+#[derive(Debug)]
+pub enum Received {
+    Request(Incoming),
+    /// Nothing, for now.
+    Nothing,
+    /// The client is gone.
+    End,
+}
+
+/// Whether to wait for a request that has not come yet.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Wait {
+    Yes,
+    No,
+}
+
 /// A request and the descriptors that came beside it.
 #[derive(Debug)]
 pub struct Incoming {
@@ -56,21 +73,21 @@ impl ControlSocket {
         Self { socket }
     }
 
-    /// Waits for the next request; `None` when the client is gone.
-    pub fn receive(&self) -> Result<Option<Incoming>, ReceiveError> {
+    /// Takes the next request.
+    pub fn receive(&self, wait: Wait) -> Result<Received, ReceiveError> {
+        let flags = match wait {
+            Wait::Yes => RecvFlags::CMSG_CLOEXEC,
+            Wait::No => RecvFlags::CMSG_CLOEXEC | RecvFlags::DONTWAIT,
+        };
         let mut bytes = vec![0u8; MAX_MESSAGE_BYTES];
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_MESSAGE_FDS))];
         let mut ancillary = RecvAncillaryBuffer::new(&mut space);
         let received = loop {
             let mut buffers = [IoSliceMut::new(&mut bytes)];
-            match recvmsg(
-                &self.socket,
-                &mut buffers,
-                &mut ancillary,
-                RecvFlags::CMSG_CLOEXEC,
-            ) {
+            match recvmsg(&self.socket, &mut buffers, &mut ancillary, flags) {
                 Err(Errno::INTR) => {}
-                Err(Errno::CONNRESET) => return Ok(None),
+                Err(Errno::AGAIN) => return Ok(Received::Nothing),
+                Err(Errno::CONNRESET) => return Ok(Received::End),
                 other => break other.map_err(ReceiveError::Io)?,
             }
         };
@@ -85,7 +102,7 @@ impl ControlSocket {
             .collect();
         // An empty Request has no operation and is never sent: this is the end.
         if received.bytes == 0 {
-            return Ok(None);
+            return Ok(Received::End);
         }
         if received
             .flags
@@ -95,7 +112,7 @@ impl ControlSocket {
         }
         let request =
             v1::Request::decode(&bytes[..received.bytes]).map_err(ReceiveError::Decode)?;
-        Ok(Some(Incoming { request, fds }))
+        Ok(Received::Request(Incoming { request, fds }))
     }
 
     pub fn reply(&self, id: u64, result: ReplyResult) -> Result<(), SendError> {
@@ -216,24 +233,33 @@ mod tests {
             SendFlags::empty(),
         )
         .unwrap();
-        let incoming = control.receive().unwrap().unwrap();
+        let Received::Request(incoming) = control.receive(Wait::No).unwrap() else {
+            panic!("no request");
+        };
         assert_eq!((incoming.request.id, incoming.fds.len()), (7, 2));
+        assert!(matches!(control.receive(Wait::No), Ok(Received::Nothing)));
     }
 
     #[test]
     fn hostile_datagrams_are_refused() {
         let (client, control) = pair();
         send(&client, &[0xff; 16], SendFlags::empty()).unwrap();
-        assert!(matches!(control.receive(), Err(ReceiveError::Decode(_))));
+        assert!(matches!(
+            control.receive(Wait::No),
+            Err(ReceiveError::Decode(_))
+        ));
         send(
             &client,
             &vec![8u8; MAX_MESSAGE_BYTES + 1],
             SendFlags::empty(),
         )
         .unwrap();
-        assert!(matches!(control.receive(), Err(ReceiveError::TooLarge)));
+        assert!(matches!(
+            control.receive(Wait::No),
+            Err(ReceiveError::TooLarge)
+        ));
         drop(client);
-        assert!(control.receive().unwrap().is_none());
+        assert!(matches!(control.receive(Wait::Yes), Ok(Received::End)));
     }
 
     #[test]
