@@ -55,6 +55,18 @@ pub const IO_APIC_PINS: u32 = 24;
 /// How many virtio devices a machine can have: one interrupt pin each.
 pub const MAX_VIRTIO_DEVICES: usize = (IO_APIC_PINS - FIRST_VIRTIO_GSI) as usize;
 
+const _: () = {
+    let end = VIRTIO_MMIO_START + MAX_VIRTIO_DEVICES as u64 * VIRTIO_MMIO_BYTES;
+    assert!(
+        end <= IO_APIC as u64,
+        "virtio devices end below the I/O APIC"
+    );
+    assert!(
+        ACPI_TABLES_END <= VM_GENERATION_ID.0,
+        "tables end below the generation id"
+    );
+};
+
 /// The ranges of RAM for `memory_bytes` of it, in address order.
 pub fn ram_ranges(memory_bytes: u64) -> Vec<(GuestAddress, u64)> {
     if memory_bytes <= MMIO_GAP_START {
@@ -79,12 +91,5 @@ mod tests {
             ram_ranges(4 << 30),
             [(GuestAddress(0), 3 << 30), (GuestAddress(4 << 30), 1 << 30)]
         );
-    }
-
-    #[test]
-    fn devices_fit_below_the_io_apic() {
-        let end = VIRTIO_MMIO_START + MAX_VIRTIO_DEVICES as u64 * VIRTIO_MMIO_BYTES;
-        assert!(end <= u64::from(IO_APIC));
-        assert!(ACPI_TABLES_END <= VM_GENERATION_ID.0);
     }
 }
