@@ -26,6 +26,7 @@ images: build ## Build the guest's kernel and the template "base", or find them 
 
 demo: images ## Run real Python and Node in a sandbox, with exit codes and timings
 	images/bench/run $(addprefix --file $(target)/,soulboxd soulbox soulbox-vmm) \
+	    --file images/demo --file images/lib.sh \
 	    --file "$$(realpath $(cache)/templates/current)" -- images/demo $(target)
 
 test: lint images ## All checks and all tests; what CI runs

@@ -121,7 +121,8 @@ impl Guest {
     ) -> Self {
         let socket = folder.path().join("socket");
         let agent = command.spawn().unwrap();
-        until(|| socket.exists()).await;
+        // The file is there before anyone listens on it.
+        until(|| std::os::unix::net::UnixStream::connect(&socket).is_ok()).await;
         let endpoint = Endpoint::from_shared(format!("unix://{}", socket.display())).unwrap();
         let channel = endpoint.connect().await.unwrap();
         Self {
