@@ -92,6 +92,11 @@ pub(crate) fn host(extra: &str) -> Host {
     )
 }
 
+/// Whether the host is an emulated machine.
+pub(crate) fn emulated() -> bool {
+    std::env::var("SOULBOX_BENCH").is_ok_and(|bench| bench == "nested")
+}
+
 pub(crate) fn template_dir() -> PathBuf {
     let cache = std::env::var_os("SOULBOX_CACHE")
         .map(PathBuf::from)

@@ -190,10 +190,13 @@ pub(crate) fn a_client_that_goes_takes_its_program_along() -> Result<()> {
     })
 }
 
-/// A GiB; in the emulated bench, where that takes minutes, a quarter of it.
+/// A GiB; in the emulated bench, where that takes minutes, an eighth of it.
 pub(crate) fn a_gibibyte_of_output_in_bounded_memory() -> Result<()> {
-    let emulated = std::env::var("SOULBOX_BENCH").is_ok_and(|bench| bench == "nested");
-    let bytes: u64 = if emulated { 256 << 20 } else { 1 << 30 };
+    let bytes: u64 = if super::emulated() {
+        128 << 20
+    } else {
+        1 << 30
+    };
     let s = shared();
     let mut client = soulbox(
         &s.host,
