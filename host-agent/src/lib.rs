@@ -5,19 +5,19 @@
 //! speaks gRPC, `sandbox` owns every sandbox's life, `monitor` drives one
 //! `soulbox-vmm` process, `guest` reaches the agent inside.
 
-// The one exception is `reactor`, which says why.
+// The one exception is `descriptors`, which says why.
 #![deny(unsafe_code)]
 
 pub mod admission;
 pub mod cli;
 pub mod config;
 pub mod daemon;
+mod descriptors;
 pub mod guest;
 pub mod host;
 pub mod id;
 pub mod kvm;
 pub mod monitor;
-mod reactor;
 pub mod record;
 pub mod sandbox;
 pub mod service;

@@ -18,6 +18,7 @@ use self::lock::StateLock;
 use self::serve::Services;
 use self::signals::Signals;
 use crate::config::{Config, DEFAULT_TOML, OnShutdown};
+use crate::descriptors;
 use crate::host::HostFacts;
 use crate::sandbox::Pool;
 
@@ -37,6 +38,9 @@ pub fn main() -> ExitCode {
         return ExitCode::SUCCESS;
     }
     log_to_stderr();
+    if let Err(error) = descriptors::keep_descriptors_from_children() {
+        return fail(&anyhow::Error::new(error).context("inherited descriptors cannot be marked"));
+    }
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         .build();

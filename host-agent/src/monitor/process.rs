@@ -132,7 +132,7 @@ fn open(pid: i32) -> Result<AsyncFd<OwnedFd>, ProcessError> {
     let watch = |source| ProcessError::Watch { pid, source };
     let number = Pid::from_raw(pid).filter(|_| pid > 0).ok_or_else(gone)?;
     match pidfd_open(number, PidfdFlags::NONBLOCK) {
-        Ok(pidfd) => crate::reactor::register(pidfd, Interest::READABLE).map_err(watch),
+        Ok(pidfd) => crate::descriptors::register(pidfd, Interest::READABLE).map_err(watch),
         Err(rustix::io::Errno::SRCH) => Err(gone()),
         Err(error) => Err(watch(error.into())),
     }

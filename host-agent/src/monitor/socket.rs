@@ -69,7 +69,7 @@ impl ControlSocket {
     pub fn new(socket: OwnedFd) -> io::Result<Self> {
         rustix::io::ioctl_fionbio(&socket, true)?;
         Ok(Self {
-            fd: crate::reactor::register(socket, Interest::READABLE | Interest::WRITABLE)?,
+            fd: crate::descriptors::register(socket, Interest::READABLE | Interest::WRITABLE)?,
         })
     }
 

@@ -1,4 +1,4 @@
-//! Descriptors that tokio waits for.
+//! Descriptors: those that tokio waits for, and those that a child must not have.
 #![allow(unsafe_code)]
 
 use std::io;
@@ -18,4 +18,17 @@ pub(crate) fn register(fd: OwnedFd, interest: Interest) -> io::Result<AsyncFd<Ow
     // is closed.
     let registered = unsafe { AsyncFd::register_with_interest(fd, interest) };
     Ok(registered?)
+}
+
+/// Marks every descriptor above standard error to close when a program is
+/// started. What the daemon opens itself is so already; what it inherited, from
+/// a service manager or a shell, is for it alone.
+pub(crate) fn keep_descriptors_from_children() -> io::Result<()> {
+    // SAFETY: with CLOSE_RANGE_CLOEXEC the call closes nothing, so no owner
+    // loses its descriptor.
+    let marked = unsafe { libc::close_range(3, u32::MAX, libc::CLOSE_RANGE_CLOEXEC.cast_signed()) };
+    match marked {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
 }
