@@ -35,6 +35,8 @@ pub(super) fn sandbox(sandbox: &Sandbox) -> Value {
         "memory_mib": resources.memory_mib,
         "disk_mib": resources.disk_mib,
         "labels": sandbox.labels,
+        "snapshot_id": sandbox.snapshot_id,
+        "parent_id": sandbox.parent_id,
         "create_time": sandbox.create_time.map(rfc3339),
         "expire_time": sandbox.expire_time.map(rfc3339),
         "failure": sandbox.failure.as_ref().map(|failure| json!({
@@ -48,7 +50,7 @@ pub(super) fn sandbox(sandbox: &Sandbox) -> Value {
 pub(super) fn usage(usage: Option<&Usage>) -> Value {
     usage.map_or(Value::Null, |usage| {
         json!({
-            "guest_resident_bytes": usage.guest_resident_bytes,
+            "guest_private_bytes": usage.guest_private_bytes,
             "monitor_private_bytes": usage.monitor_private_bytes,
             "disk_used_bytes": usage.disk_used_bytes,
         })
@@ -126,7 +128,7 @@ pub(super) fn sandbox_details(sandbox: &Sandbox, usage: Option<&Usage>) -> Resul
     if let Some(usage) = usage {
         line(&format!(
             "uses {} MiB of guest memory, {} KiB in its monitor, {} MiB of disk",
-            usage.guest_resident_bytes / MIB,
+            usage.guest_private_bytes / MIB,
             usage.monitor_private_bytes / 1024,
             usage.disk_used_bytes / MIB
         ))?;
@@ -258,6 +260,9 @@ fn state(sandbox: &Sandbox) -> &'static str {
         SandboxState::Stopping => "stopping",
         SandboxState::Stopped => "stopped",
         SandboxState::Failed => "failed",
+        SandboxState::Pausing => "pausing",
+        SandboxState::Paused => "paused",
+        SandboxState::Resuming => "resuming",
         SandboxState::Unspecified => "unknown",
     }
 }

@@ -204,6 +204,7 @@ fn usable(view: &View) -> Result<Guest, UseError> {
         return Err(match error {
             UseError::Died { id, failure } => UseError::Failed { id, failure },
             UseError::Deleted { id } => UseError::NotFound(id.to_string()),
+            UseError::Interrupted { id, state } => UseError::NotRunning { id, state },
             other => other,
         });
     }
@@ -235,6 +236,9 @@ fn ended(view: &View) -> Option<UseError> {
             failure: failure.clone(),
         }),
         (_, State::Stopped) => Some(UseError::Deleted { id }),
+        (_, state @ (State::Pausing | State::Paused | State::Resuming)) => {
+            Some(UseError::Interrupted { id, state })
+        }
         _ if view.deleted => Some(UseError::Deleted { id }),
         _ => None,
     }
