@@ -124,7 +124,7 @@ impl Actor {
         };
         let started = match started {
             Ok(restored) => self.announce(&mut caller, restored, watch).await,
-            Err(error) => Err(error),
+            Err(error) => Err(self.explain(error).await),
         };
         match started {
             Ok(created) => {

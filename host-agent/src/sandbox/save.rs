@@ -180,8 +180,12 @@ impl Actor {
             guest_port: RPC_PORT,
             count: SPARES,
         });
-        // The agent accepts them while it is asked to suspend.
-        machine.control.request(open, &[]).await.map_err(refused)?;
+        // The agent accepts them while it is asked to suspend. Those of an earlier
+        // snapshot may be all that the monitor takes.
+        match machine.control.request(open, &[]).await {
+            Ok(_) | Err(RequestError::Refused(_)) => {}
+            Err(error) => return Err(refused(error)),
+        }
         match timeout(AGENT, guest.suspend()).await {
             Ok(Ok(())) => Ok(()),
             Ok(Err(status)) => Err(agent(

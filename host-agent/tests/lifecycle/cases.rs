@@ -61,7 +61,7 @@ cases! {
     watchers_see_every_step,
 }
 
-const FAST: &str = "[capacity]\nvcpus = 8\nmemory_mib = 4096\n[timeouts]\nboot_ms = 20000\nclean_stop_ms = 2000\ndrain_ms = 200\n";
+const FAST: &str = "[capacity]\nvcpus = 8\nmemory_mib = 4096\n[timeouts]\nboot_ms = 20000\nclean_stop_ms = 2000\ndrain_ms = 200\n[shells]\nmaximum = 0\nminimum = 0\n[templates]\nsnapshot = false\n";
 
 fn host() -> Host {
     host_with(FAST)
