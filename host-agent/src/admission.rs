@@ -257,7 +257,10 @@ mod tests {
         let mut paused = admission.reserve(resources(4, 1000, 96)).unwrap();
         paused.release_machine();
         let left = admission.allocatable();
-        assert_eq!((left.vcpus, left.memory_mib, left.disk_mib), (8, 1024, 4000));
+        assert_eq!(
+            (left.vcpus, left.memory_mib, left.disk_mib),
+            (8, 1024, 4000)
+        );
         let other = admission.reserve(resources(5, 24, 0)).unwrap();
         assert!(paused.regain_machine(resources(4, 1000, 96)).is_err());
         drop(other);

@@ -74,7 +74,11 @@ fn free_disk_mib(folder: &Path) -> std::io::Result<u64> {
     let free_bytes = file_system.f_bavail.saturating_mul(file_system.f_frsize);
     let mut held_bytes = 0_u64;
     for kind in ["sandboxes", "snapshots"] {
-        for owner in std::fs::read_dir(folder.join(kind)).into_iter().flatten().flatten() {
+        for owner in std::fs::read_dir(folder.join(kind))
+            .into_iter()
+            .flatten()
+            .flatten()
+        {
             for file in std::fs::read_dir(owner.path())
                 .into_iter()
                 .flatten()

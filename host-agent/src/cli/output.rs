@@ -8,7 +8,7 @@ use prost_types::Timestamp;
 use serde_json::{Value, json};
 use soulbox_proto::host::v1::watch_sandboxes_response::Kind;
 use soulbox_proto::host::v1::{
-    Node, Resources64, Sandbox, StageTime, Template, Usage, WatchSandboxesResponse,
+    Node, Resources64, Sandbox, Snapshot, StageTime, Template, Usage, WatchSandboxesResponse,
 };
 
 use super::args::Output;
@@ -44,6 +44,26 @@ pub(super) fn sandbox(sandbox: &Sandbox) -> Value {
             "message": failure.message,
             "console_tail": failure.console_tail,
         })),
+    })
+}
+
+pub(super) fn snapshot(snapshot: &Snapshot) -> Value {
+    let resources = snapshot.resources.unwrap_or_default();
+    json!({
+        "id": snapshot.id,
+        "name": snapshot.name,
+        "template": snapshot.template,
+        "sandbox_id": snapshot.sandbox_id,
+        "parent_id": snapshot.parent_id,
+        "vcpus": resources.vcpus,
+        "memory_mib": resources.memory_mib,
+        "disk_mib": resources.disk_mib,
+        "labels": snapshot.labels,
+        "create_time": snapshot.create_time.map(rfc3339),
+        "memory_bytes": snapshot.memory_bytes,
+        "disk_bytes": snapshot.disk_bytes,
+        "cold": snapshot.cold,
+        "users": snapshot.users,
     })
 }
 
@@ -122,6 +142,14 @@ pub(super) fn sandbox_table(sandboxes: &[Sandbox]) -> Result<(), CliError> {
 
 pub(super) fn sandbox_details(sandbox: &Sandbox, usage: Option<&Usage>) -> Result<(), CliError> {
     sandbox_table(std::slice::from_ref(sandbox))?;
+    for (what, id) in [
+        ("from snapshot", &sandbox.snapshot_id),
+        ("forked from", &sandbox.parent_id),
+    ] {
+        if !id.is_empty() {
+            line(&format!("{what} {id}"))?;
+        }
+    }
     for (key, value) in &sandbox.labels {
         line(&format!("label {key}={value}"))?;
     }
@@ -205,6 +233,26 @@ pub(super) fn template_table(templates: &[Template]) -> Result<(), CliError> {
     line(&trim(&table))
 }
 
+pub(super) fn snapshot_table(snapshots: &[Snapshot]) -> Result<(), CliError> {
+    let mut table = table(&[
+        "ID", "NAME", "TEMPLATE", "SANDBOX", "MEMORY", "DISK", "AGE", "USERS",
+    ]);
+    for snapshot in snapshots {
+        let mib = |bytes: u64| format!("{:.1} MiB", bytes as f64 / MIB as f64);
+        table.add_row([
+            snapshot.id.clone(),
+            snapshot.name.clone(),
+            snapshot.template.clone(),
+            snapshot.sandbox_id.clone(),
+            mib(snapshot.memory_bytes) + if snapshot.cold { " cold" } else { "" },
+            mib(snapshot.disk_bytes),
+            snapshot.create_time.map(age).unwrap_or_default(),
+            snapshot.users.len().to_string(),
+        ]);
+    }
+    line(&trim(&table))
+}
+
 /// One line for each change, so that programs can read it as it comes.
 pub(super) fn change(format: Output, change: &WatchSandboxesResponse) -> Result<(), CliError> {
     let kind = match change.kind() {
@@ -223,11 +271,7 @@ pub(super) fn change(format: Output, change: &WatchSandboxesResponse) -> Result<
 /// Where the time went, to standard error: standard output is the program's.
 pub(super) fn stages(format: Output, stages: &[StageTime]) {
     if format == Output::Json {
-        let stages: Vec<Value> = stages
-            .iter()
-            .map(|stage| json!({"stage": stage.stage, "duration_us": stage.duration_us}))
-            .collect();
-        eprintln!("{}", json!({ "stages": stages }));
+        eprintln!("{}", json!({ "stages": stages_json(stages) }));
         return;
     }
     let mut table = table(&["STAGE", "MS"]);
@@ -239,6 +283,13 @@ pub(super) fn stages(format: Output, stages: &[StageTime]) {
         column.set_cell_alignment(comfy_table::CellAlignment::Right);
     }
     eprintln!("{}", trim(&table));
+}
+
+pub(super) fn stages_json(stages: &[StageTime]) -> Value {
+    stages
+        .iter()
+        .map(|stage| json!({"stage": stage.stage, "duration_us": stage.duration_us}))
+        .collect()
 }
 
 fn table(header: &[&str]) -> Table {

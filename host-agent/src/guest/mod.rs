@@ -66,8 +66,10 @@ impl Guest {
     /// no copy of it has. Its programs run from then on.
     pub async fn configure(&self, identity: Identity<'_>) -> Result<(), Status> {
         let mut entropy = vec![0; ENTROPY_BYTES];
-        let filled =
-            rustix::rand::getrandom(entropy.as_mut_slice(), rustix::rand::GetRandomFlags::empty());
+        let filled = rustix::rand::getrandom(
+            entropy.as_mut_slice(),
+            rustix::rand::GetRandomFlags::empty(),
+        );
         filled.map_err(|error| Status::internal(format!("the host has no randomness: {error}")))?;
         let (hostname, new_identity) = match identity {
             Identity::New(name) => (name.to_owned(), true),

@@ -202,9 +202,17 @@ mod tests {
             Just(Transition::Continue),
             Just(Transition::Resume),
             Just(Transition::Settle),
-            Just(Transition::Saved { disk_chain: vec![snapshot()] }),
-            Just(Transition::Paused { saved: snapshot(), chains: Chains::default() }),
-            Just(Transition::RollBack { to: snapshot(), chains: Chains::default() }),
+            Just(Transition::Saved {
+                disk_chain: vec![snapshot()]
+            }),
+            Just(Transition::Paused {
+                saved: snapshot(),
+                chains: Chains::default()
+            }),
+            Just(Transition::RollBack {
+                to: snapshot(),
+                chains: Chains::default()
+            }),
             Just(Transition::Stop),
             Just(Transition::Stopped),
             Just(Transition::Fail(Failure {

@@ -332,13 +332,7 @@ impl Actor {
 
     /// A create that failed: everything is taken down again, then the call and its
     /// repetitions are told why.
-    async fn undo(
-        mut self,
-        error: StartError,
-        caller: Caller,
-        deletes: Vec<Delete>,
-        inbox: Inbox,
-    ) {
+    async fn undo(mut self, error: StartError, caller: Caller, deletes: Vec<Delete>, inbox: Inbox) {
         tracing::warn!(sandbox = %self.record.id, %error, "not started");
         let refusal = Refusal::from(&CreateError::from(error));
         // The reply is stored when the sandbox's removal is.

@@ -78,7 +78,11 @@ impl Pool {
 
     /// That it is gone already is fine.
     pub async fn delete_snapshot(&self, id: &SnapshotId) -> Result<(), OperateError> {
-        if self.snapshots.get(id).is_some_and(|found| !found.is_ready()) {
+        if self
+            .snapshots
+            .get(id)
+            .is_some_and(|found| !found.is_ready())
+        {
             return Ok(());
         }
         let taken = self.snapshots.take_out(id, || self.sandboxes_on(id));

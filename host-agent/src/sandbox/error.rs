@@ -120,7 +120,9 @@ pub enum RestoreError {
         code: MonitorCode,
         message: String,
     },
-    #[error("snapshot {snapshot} was not restored within {limit_ms} ms; raise timeouts.boot_ms, or see the load of this host")]
+    #[error(
+        "snapshot {snapshot} was not restored within {limit_ms} ms; raise timeouts.boot_ms, or see the load of this host"
+    )]
     Slow { snapshot: SnapshotId, limit_ms: u64 },
 }
 
@@ -136,14 +138,20 @@ pub enum SaveError {
     #[error("the host has no random numbers; see the kernel's log")]
     Random(#[source] std::io::Error),
     #[error(
-        "the disk of state_dir is full; delete snapshots or sandboxes and try again{}", runs_on()
+        "the disk of state_dir is full; delete snapshots or sandboxes and try again{}",
+        runs_on()
     )]
     DiskFull,
-    #[error("the snapshot's files cannot be written ({source}); see the disk of state_dir{}", runs_on())]
+    #[error(
+        "the snapshot's files cannot be written ({source}); see the disk of state_dir{}",
+        runs_on()
+    )]
     Files { source: std::io::Error },
     #[error("the monitor made no snapshot: {message}{}", runs_on())]
     Refused { code: MonitorCode, message: String },
-    #[error("the monitor made no snapshot within {limit_ms} ms; the sandbox is given up: raise timeouts.snapshot_ms")]
+    #[error(
+        "the monitor made no snapshot within {limit_ms} ms; the sandbox is given up: raise timeouts.snapshot_ms"
+    )]
     Slow { limit_ms: u64 },
     #[error(
         "the monitor answered with something else; install soulbox-vmm and soulboxd of the same version"
@@ -158,9 +166,7 @@ pub enum SaveError {
 /// Why an operation on a sandbox was not done.
 #[derive(Debug, thiserror::Error)]
 pub enum OperateError {
-    #[error(
-        "soulboxd is stopping; try again when it runs"
-    )]
+    #[error("soulboxd is stopping; try again when it runs")]
     Draining,
     #[error("{0}")]
     Use(#[from] UseError),

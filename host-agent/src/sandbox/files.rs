@@ -117,7 +117,7 @@ impl SandboxFiles {
     pub(super) fn next_layer(&self, number: u32) -> io::Result<File> {
         let path = self.layer(number);
         match fs::remove_file(&path) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
             _ => new_file(&path),
         }
     }

@@ -74,7 +74,9 @@ impl Pool {
         self.shells.expect(resources.into(), count);
         watch.lap("admission");
 
-        let saved = self.save_with(parent, SaveSpec::new(SnapshotKind::Fork)).await;
+        let saved = self
+            .save_with(parent, SaveSpec::new(SnapshotKind::Fork))
+            .await;
         let Saved {
             snapshot,
             stages,

@@ -209,7 +209,11 @@ impl Actor {
         };
         let saved = self.save(spec, Stopwatch::start()).await?;
         watch.skip();
-        for stage in saved.stages.into_iter().filter(|stage| stage.name != "total") {
+        for stage in saved
+            .stages
+            .into_iter()
+            .filter(|stage| stage.name != "total")
+        {
             watch.add(stage);
         }
         self.end_machine().await;

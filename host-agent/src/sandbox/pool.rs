@@ -111,7 +111,8 @@ impl Pool {
         pool.actors.spawn(Arc::clone(&pool).forget_requests());
         pool.actors.spawn(Arc::clone(&pool).collect_released());
         pool.actors.spawn(Shells::keep(Arc::clone(&pool)));
-        pool.actors.spawn(Arc::clone(&pool).keep_template_snapshots());
+        pool.actors
+            .spawn(Arc::clone(&pool).keep_template_snapshots());
         Ok((pool, summary))
     }
 

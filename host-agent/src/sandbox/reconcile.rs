@@ -125,11 +125,7 @@ enum Outcome {
     Deleted,
 }
 
-async fn one(
-    pool: &Arc<Pool>,
-    record: SandboxRecord,
-    making: Option<SnapshotRecord>,
-) -> Outcome {
+async fn one(pool: &Arc<Pool>, record: SandboxRecord, making: Option<SnapshotRecord>) -> Outcome {
     let mut actor = Actor::new(pool, record);
     actor.making = making.map(|making| {
         let layering = Layering::above(&actor.record.chains, &making.id);

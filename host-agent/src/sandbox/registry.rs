@@ -75,6 +75,11 @@ struct Entry {
 // === impl Live ===
 
 impl Live {
+    /// The process that runs it: another one once it has been restored.
+    pub fn monitor(&self) -> MonitorIdentity {
+        self.monitor
+    }
+
     /// The monitor's own memory, when its guest alone holds so much.
     pub fn monitor_private_bytes(&self, guest_private_bytes: u64) -> u64 {
         anonymous_bytes(self.monitor).saturating_sub(guest_private_bytes)

@@ -43,11 +43,7 @@ pub(super) struct RestoreFiles {
 
 impl Pool {
     /// To make a sandbox from `snapshot`, or to take one back to it.
-    pub(super) fn plan(
-        &self,
-        snapshot: &SnapshotRecord,
-        hold: Hold,
-    ) -> Result<Plan, RestoreError> {
+    pub(super) fn plan(&self, snapshot: &SnapshotRecord, hold: Hold) -> Result<Plan, RestoreError> {
         let template = self.templates.open(&snapshot.template)?;
         if template.manifest.rootfs.sha256 != snapshot.rootfs_sha256 {
             return Err(RestoreError::OtherDisk {

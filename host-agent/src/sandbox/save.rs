@@ -20,9 +20,7 @@ use super::start::MAX_SENTENCE_CHARS;
 use crate::guest::Identity;
 use crate::id::SnapshotId;
 use crate::monitor::RequestError;
-use crate::record::{
-    Failure, SnapshotKind, SnapshotRecord, SnapshotState, State, Transition,
-};
+use crate::record::{Failure, SnapshotKind, SnapshotRecord, SnapshotState, State, Transition};
 use crate::snapshot::{Draft, Hold, Layering, Manifest};
 use crate::store::Change;
 use crate::text::printable;

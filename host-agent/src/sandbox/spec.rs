@@ -301,10 +301,7 @@ fn check_capacity(
     }
 }
 
-fn check_ttl(
-    ttl: Option<prost_types::Duration>,
-    violations: &mut Violations,
-) -> Option<Duration> {
+fn check_ttl(ttl: Option<prost_types::Duration>, violations: &mut Violations) -> Option<Duration> {
     ttl.and_then(|ttl| match Duration::try_from(ttl) {
         Ok(ttl) if ttl.is_zero() => {
             violations.add(

@@ -16,11 +16,7 @@ impl Actor {
     /// Takes the sandbox down and answers `deletes`, and every delete that
     /// comes meanwhile. Returns when its record is gone, or when the daemon
     /// leaves.
-    pub(super) async fn stop(
-        mut self,
-        mut deletes: Vec<Delete>,
-        mut inbox: Inbox,
-    ) {
+    pub(super) async fn stop(mut self, mut deletes: Vec<Delete>, mut inbox: Inbox) {
         if self.record.state != State::Stopping
             && let Err(error) = self.transition(Transition::Stop).await
         {
@@ -64,11 +60,7 @@ impl Actor {
 
     /// Lets the guest stop its programs and unmount, until it has, its time is
     /// over, or somebody has no patience.
-    async fn stop_cleanly(
-        &mut self,
-        deletes: &mut Vec<Delete>,
-        inbox: &mut Inbox,
-    ) {
+    async fn stop_cleanly(&mut self, deletes: &mut Vec<Delete>, inbox: &mut Inbox) {
         let (Some(guest), Some(machine)) = (self.guest.take(), self.machine.as_mut()) else {
             return;
         };

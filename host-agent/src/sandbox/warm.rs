@@ -107,7 +107,10 @@ impl Pool {
         {
             return Ok(());
         }
-        let reservation = self.admission.reserve(resources).map_err(CreateError::from)?;
+        let reservation = self
+            .admission
+            .reserve(resources)
+            .map_err(CreateError::from)?;
         let id = SandboxId::random().map_err(CreateError::Random)?;
         let base = (name.clone(), template.manifest.rootfs.sha256.clone());
         let origin = Origin::Boot(template);
@@ -141,7 +144,9 @@ impl Pool {
             std::io::copy(&mut binary, &mut HashWriter(&mut hash))?;
             Ok(hex(&hash.finalize()))
         });
-        let monitor = monitor.await.unwrap_or_else(|error| Err(std::io::Error::other(error)));
+        let monitor = monitor
+            .await
+            .unwrap_or_else(|error| Err(std::io::Error::other(error)));
         let monitor = monitor.map_err(|source| WarmError::Monitor {
             path: self.monitor_binary.clone(),
             source,
@@ -210,11 +215,17 @@ impl Actor {
         key: String,
     ) -> Result<SnapshotRecord, WarmError> {
         let mut watch = Stopwatch::start();
-        self.record = self.record.apply(Transition::Start).map_err(StartError::from)?;
+        self.record = self
+            .record
+            .apply(Transition::Start)
+            .map_err(StartError::from)?;
         if let Err(error) = self.boot(template, &mut watch).await {
             return Err(self.explain(error).await.into());
         }
-        self.record = self.record.apply(Transition::Run).map_err(StartError::from)?;
+        self.record = self
+            .record
+            .apply(Transition::Run)
+            .map_err(StartError::from)?;
         for argv in self.pool.config.templates.warm_up.clone() {
             self.warm_up_with(&argv).await;
         }
@@ -277,7 +288,8 @@ impl Actor {
         while Instant::now() < deadline {
             let metrics = machine.control.metrics().await?;
             let balloon = metrics.devices.get("balloon");
-            let actual_mib = balloon.and_then(|counters| counters.values.get("actual_mib").copied());
+            let actual_mib =
+                balloon.and_then(|counters| counters.values.get("actual_mib").copied());
             if actual_mib.is_none() || actual_mib == Some(target_mib) {
                 break;
             }

@@ -22,8 +22,14 @@ pub(super) fn sandbox(record: &SandboxRecord) -> proto::Sandbox {
             message: failure.message.clone(),
             console_tail: failure.console_tail.clone(),
         }),
-        snapshot_id: record.snapshot.as_ref().map_or_else(String::new, ToString::to_string),
-        parent_id: record.parent.as_ref().map_or_else(String::new, ToString::to_string),
+        snapshot_id: record
+            .snapshot
+            .as_ref()
+            .map_or_else(String::new, ToString::to_string),
+        parent_id: record
+            .parent
+            .as_ref()
+            .map_or_else(String::new, ToString::to_string),
     }
 }
 

@@ -55,7 +55,9 @@ pub enum Unused {
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("the name {name:?} is another snapshot's; choose another, or delete that with `soulbox snapshot rm {owner}`")]
+#[error(
+    "the name {name:?} is another snapshot's; choose another, or delete that with `soulbox snapshot rm {owner}`"
+)]
 pub struct NameTaken {
     pub name: String,
     pub owner: SnapshotId,

@@ -146,7 +146,11 @@ async fn run() {
                 }
                 let wanted = prepare.shape.unwrap();
                 assert!(wanted.vsock && wanted.block_devices == 1);
-                assert!(shape.replace((wanted.vcpu_count, wanted.memory_mib)).is_none());
+                assert!(
+                    shape
+                        .replace((wanted.vcpu_count, wanted.memory_mib))
+                        .is_none()
+                );
                 let prepared = reply::Result::Prepared(proto::Prepared { stages: Vec::new() });
                 send_reply(&control, id, prepared, &[]).await;
             }
@@ -476,13 +480,20 @@ impl Machine {
                 .unwrap();
             let mut word = guest.word.clone().into_bytes();
             word.resize(64, 0);
-            memory.write_all_at(&word, WORD_OFFSET).unwrap();
+            if memory.write_all_at(&word, WORD_OFFSET).is_err() {
+                self.runs.send_modify(|runs| runs.machine = ran);
+                return error(Code::DiskFull, "no space for the memory");
+            }
             let keep = usize::try_from(disk.keep).unwrap();
             let top = std::mem::replace(&mut guest.top, next);
             guest.frozen.push(top);
             if let Some(merged) = disk.merged_layer_fd {
                 let mut merged = fds.file(merged);
-                let rest: String = guest.frozen.drain(keep..).map(|layer| content(&layer)).collect();
+                let rest: String = guest
+                    .frozen
+                    .drain(keep..)
+                    .map(|layer| content(&layer))
+                    .collect();
                 merged.write_all(rest.as_bytes()).unwrap();
                 guest.frozen.push(merged);
             }
