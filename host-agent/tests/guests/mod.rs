@@ -81,7 +81,8 @@ pub(crate) const ALL: &[Test] = &[
 
 /// Small sandboxes, and time enough where everything is emulated.
 const CONFIG: &str = "[capacity]\nvcpus = 64\n[defaults]\nmemory_mib = 256\n\
-    [timeouts]\nboot_ms = 120000\nclean_stop_ms = 20000\n";
+    [timeouts]\nboot_ms = 120000\nclean_stop_ms = 20000\n\
+    [shells]\nminimum = 0\nmaximum = 0\n[templates]\nsnapshot = false\n";
 
 /// A host of a test's own, with real templates.
 pub(crate) fn host(extra: &str) -> Host {

@@ -123,6 +123,10 @@ async fn program(
         "sleep" => std::future::pending().await,
         "set" => machine.set_word(&argv[1]),
         "get" => say(exec_response::Event::Stdout(machine.word().into())).await,
+        "/bin/cat" => {
+            let meminfo = "MemTotal: 524288 kB\nMemFree: 307200 kB\n";
+            say(exec_response::Event::Stdout(meminfo.into())).await;
+        }
         "write" => machine.write(&argv[1]),
         "read" => say(exec_response::Event::Stdout(machine.read().into())).await,
         "panic" => {

@@ -618,6 +618,7 @@ async fn serve_control(machine: Machine, control: Arc<ControlSocket>) {
             request::Op::SetBalloon(set) => {
                 let mut guest = machine.guest.lock().unwrap();
                 assert!(set.target_mib < guest.state.memory_mib);
+                log!("balloon: {}", set.target_mib);
                 guest.balloon_mib = set.target_mib;
                 reply::Result::BalloonSet(proto::BalloonSet {})
             }
