@@ -11,6 +11,8 @@ use seccompiler::{
     SeccompFilter, SeccompRule, TargetArch,
 };
 
+use crate::memory::pagemap::PAGEMAP_SCAN;
+
 /// KVM's ioctls (`KVMIO`), in bits 15:8 of every one of their numbers.
 const KVM_IOCTL_TYPE: u64 = 0xae << 8;
 const IOCTL_TYPE_MASK: u64 = 0xff << 8;
@@ -169,11 +171,13 @@ fn filter() -> Result<BpfProgram, BackendError> {
         ALLOWED.iter().map(|number| (*number, Vec::new())).collect();
     let kvm = argument(1, SeccompCmpOp::MaskedEq(IOCTL_TYPE_MASK), KVM_IOCTL_TYPE)?;
     let nonblocking = argument(1, SeccompCmpOp::Eq, libc::FIONBIO)?;
+    let pagemap = argument(1, SeccompCmpOp::Eq, PAGEMAP_SCAN)?;
     rules.insert(
         libc::SYS_ioctl,
         vec![
             SeccompRule::new(vec![kvm])?,
             SeccompRule::new(vec![nonblocking])?,
+            SeccompRule::new(vec![pagemap])?,
         ],
     );
     let unix = argument(0, SeccompCmpOp::Eq, libc::AF_UNIX as u64)?;

@@ -4,50 +4,66 @@
 use std::collections::HashMap;
 use std::fs::File;
 use std::io;
-use std::os::fd::OwnedFd;
-use std::sync::{Arc, Mutex};
+use std::os::unix::net::UnixListener;
+use std::sync::Arc;
 use std::time::Instant;
 
+use kvm_bindings::CpuId;
 use kvm_ioctls::VmFd;
 use soulbox_proto::vmm::v1;
 
-use crate::bus::{Bus, Overlap, Range, SharedDevice, Space, lock};
-use crate::config::{Disk, MachineConfig, Vsock};
+use crate::bus::{Bus, Overlap, SharedDevice, lock};
+use crate::config::{Disk, RestoreDisk, Vsock};
 use crate::console::Console;
-use crate::devices::generation::{GenerationDevice, GenerationError};
-use crate::devices::panic::PanicDevice;
-use crate::devices::power::{self, PowerDevice};
-use crate::devices::serial::SerialDevice;
-use crate::devices::virtio::VirtioDevice;
+use crate::devices::generation::GenerationError;
+use crate::devices::virtio::ChipState;
 use crate::devices::virtio::block::BlockError;
-use crate::devices::virtio::mmio::VirtioMmio;
-use crate::devices::virtio::vsock::NewVsockError;
-use crate::devices::{Device, Place};
+use crate::devices::virtio::vsock::{NewVsockError, Spare};
+use crate::devices::{Chip, DeviceState, Place, StateError};
 use crate::events::EventSender;
+use crate::memory::pagemap::Pagemap;
+use crate::memory::runs::{self, RunsError};
 use crate::memory::{self, GuestMemory};
-use crate::vcpu::{self, Vcpu, VcpuThread};
+use crate::vcpu::state::RestoreVcpuError;
+use crate::vcpu::{self, Vcpu, VcpuThread, cpuid, features};
 
 pub mod acpi;
 mod backends;
+mod frame;
 pub mod kernel;
 pub mod kvm;
 pub mod layout;
+mod save;
+mod shape;
+pub mod state;
 
-/// What a machine is made of, apart from how it starts.
+pub use frame::{Frame, Wire};
+pub use save::{SaveError, SnapshotFiles};
+pub use shape::{Kind, Shape, Slot};
+
+use state::{CpuProfile, MachineState, MemoryState};
+
+/// What a machine is made of besides its frame, apart from how it starts.
 #[derive(Debug)]
 pub struct Parts {
-    pub config: MachineConfig,
-    pub kvm: OwnedFd,
-    pub memory: File,
     pub disks: Vec<Disk>,
     pub vsock: Option<Vsock>,
+    pub pagemap: Option<File>,
 }
 
 /// Where a machine's state comes from.
 #[derive(Debug)]
 pub enum Origin<'a> {
     /// From nothing: a kernel, entered by the boot vCPU.
-    Boot { kernel: &'a mut File },
+    Boot {
+        kernel: &'a mut File,
+        cmdline: &'a str,
+    },
+    /// From a snapshot and the memory layers it is mapped from.
+    Restore {
+        state: Box<MachineState>,
+        layers: Vec<File>,
+    },
 }
 
 /// A device, what it is called and where it sits.
@@ -66,10 +82,17 @@ pub struct Machine {
     devices: Vec<DeviceSlot>,
     bus: Arc<Bus>,
     events: EventSender,
-    _vm: VmFd,
-    _memory: GuestMemory,
-    memory_file: Arc<File>,
-    config: MachineConfig,
+    vm: VmFd,
+    memory: GuestMemory,
+    /// What memory is mapped from; none when it is anonymous.
+    mapped: MemoryState,
+    pagemap: Option<Pagemap>,
+    shape: Shape,
+    cpuid: CpuId,
+    msr_indices: Arc<[u32]>,
+    xsave_words: usize,
+    /// No vCPU runs, and the devices stand still.
+    paused: bool,
 }
 
 /// Measures the stages of an operation.
@@ -103,6 +126,37 @@ pub enum BuildError {
     EventFd(#[source] io::Error),
     #[error("a vCPU's thread could not be started")]
     Thread(#[source] io::Error),
+    #[error("{0} of the machine was not sent")]
+    Missing(&'static str),
+    #[error(transparent)]
+    Restore(#[from] RestoreError),
+}
+
+/// Why a snapshot cannot become a machine here.
+#[derive(Debug, thiserror::Error)]
+pub enum RestoreError {
+    #[error("the snapshot needs CPU features that this host lacks: {}; restore it on a host that has them", .0.join(", "))]
+    Cpu(Vec<String>),
+    #[error("the snapshot is of a machine of {0}, but there are {1} for it")]
+    Shape(String, String),
+    #[error(
+        "the snapshot's {what} has {expected} layers, but {actual} came with it; send all of its chain"
+    )]
+    Layers {
+        what: &'static str,
+        expected: u32,
+        actual: usize,
+    },
+    #[error("the snapshot's map of memory is damaged")]
+    Runs(#[from] RunsError),
+    #[error("the snapshot's state of device {name} does not fit: {error}")]
+    Device { name: String, error: StateError },
+    #[error("the snapshot's state of vCPU {index} was not accepted")]
+    Vcpu {
+        index: u8,
+        #[source]
+        error: RestoreVcpuError,
+    },
 }
 
 // === impl Machine ===
@@ -110,78 +164,121 @@ pub enum BuildError {
 impl Machine {
     /// Builds a machine whose vCPUs have not run yet.
     pub fn new(
+        frame: Frame,
         parts: Parts,
         origin: Origin<'_>,
         console: Console,
         events: EventSender,
         stages: &mut Stopwatch,
     ) -> Result<Self, BuildError> {
-        let Parts {
-            config,
-            kvm,
-            memory: memory_file,
-            disks,
-            vsock,
-        } = parts;
+        let Frame {
+            shape,
+            slots,
+            wires,
+            vcpus,
+            mut cpuid,
+            msr_indices,
+            xsave_words,
+            vm,
+            memory,
+        } = frame;
 
-        let kvm = kvm::open(kvm, usize::from(config.vcpu_count))?;
-        let memory_file = Arc::new(memory_file);
-        let memory = memory::map_shared(&memory_file, config.memory_bytes())?;
+        let mapped = match &origin {
+            Origin::Boot { .. } => {
+                memory::map_anonymous(&memory)?;
+                MemoryState {
+                    layers: 0,
+                    runs: Vec::new(),
+                }
+            }
+            Origin::Restore { state, layers } => {
+                check_fit(state, shape, &parts, layers.len())?;
+                let missing = features::missing(&state.cpu.cpuid, cpuid.as_slice());
+                if !missing.is_empty() {
+                    return Err(RestoreError::Cpu(missing).into());
+                }
+                memory::map_layers(&memory, layers, &state.memory.runs)?;
+                state.memory.clone()
+            }
+        };
         stages.mark("memory");
-        let vm = kvm::create_vm(&kvm, &memory)?;
-        stages.mark("kvm");
 
-        let mut list = DeviceList::default();
-        list.add_fixed(&memory, console, &events)?;
-        for disk in disks {
-            let name = format!("block.{}", disk.id);
-            list.add_virtio(name, backends::block(disk)?, &memory)?;
+        let mut backends = backends::Backends::new(parts, console, &memory, &events);
+        let mut devices = Vec::with_capacity(slots.len());
+        let mut bus = Bus::default();
+        for (slot, wire) in slots.into_iter().zip(wires) {
+            let (name, device) = backends.device(slot.kind, wire)?;
+            if let Some(range) = slot.place.range {
+                bus.insert(range, Arc::clone(&device))?;
+            }
+            devices.push(DeviceSlot {
+                name,
+                place: slot.place,
+                device,
+            });
         }
-        if let Some(vsock) = vsock {
-            let events = events.try_clone().map_err(BuildError::EventFd)?;
-            let chip = backends::vsock(vsock, events)?;
-            list.add_virtio("vsock".into(), chip, &memory)?;
-        }
-        list.add_virtio("rng".into(), backends::rng(), &memory)?;
-        let (devices, bus) = list.connect(&vm)?;
+        let pagemap = backends.pagemap;
         stages.mark("devices");
 
-        let template = vcpu::cpuid::template(&kvm)?;
-        let mut waiting = Vec::new();
-        for index in 0..config.vcpu_count {
-            let fd = vm
-                .create_vcpu(u64::from(index))
-                .map_err(kvm::refused("KVM_CREATE_VCPU"))?;
-            // CPUID first: it decides which MSRs there are.
-            fd.set_cpuid2(&vcpu::cpuid::for_vcpu(&template, index, config.vcpu_count))
-                .map_err(kvm::refused("KVM_SET_CPUID2"))?;
-            vcpu::boot::set_msrs(&fd)?;
-            waiting.push(Vcpu { index, fd });
-        }
-        stages.mark("vcpus");
-
         match origin {
-            Origin::Boot { kernel } => {
-                let rsdp = acpi::write(&memory, config.vcpu_count, &devices)?;
-                let entry = kernel::load(&memory, kernel, &config.cmdline, rsdp)?;
+            Origin::Boot { kernel, cmdline } => {
+                renew_generation(&devices)?;
+                let rsdp = acpi::write(&memory, shape.vcpu_count, &devices)?;
+                let entry = kernel::load(&memory, kernel, cmdline, rsdp)?;
                 vcpu::boot::write_tables(&memory).map_err(BuildError::BootTables)?;
-                if let Some(boot_vcpu) = waiting.first() {
+                if let Some(boot_vcpu) = vcpus.first() {
                     vcpu::boot::set_registers(&boot_vcpu.fd, entry)?;
                 }
                 stages.mark("kernel");
             }
+            Origin::Restore { state, .. } => {
+                let same_cpu = state.cpu.cpuid == cpuid.as_slice();
+                if !same_cpu {
+                    cpuid = CpuId::from_entries(&state.cpu.cpuid)
+                        .map_err(|_| RestoreError::Cpu(vec!["a CPUID that KVM can take".into()]))?;
+                }
+                for (index, (vcpu, saved)) in (0u8..).zip(vcpus.iter().zip(&state.vcpus)) {
+                    if !same_cpu {
+                        let own = cpuid::for_vcpu(&cpuid, index, shape.vcpu_count);
+                        vcpu::state::set_cpuid(&vcpu.fd, &own)?;
+                    }
+                    vcpu::state::restore(&vcpu.fd, saved, &vcpu.initial_msrs, xsave_words)
+                        .map_err(|error| RestoreError::Vcpu { index, error })?;
+                }
+                state.vm.restore(&vm)?;
+                stages.mark("vcpus");
+                restore_devices(&devices, state.devices)?;
+                renew_generation(&devices)?;
+                for slot in &devices {
+                    let mut device = lock(&slot.device);
+                    device.resume();
+                    if let Chip::Generation(generation) = device.chip() {
+                        generation.ring();
+                    }
+                }
+                stages.mark("state");
+            }
         }
 
+        let waiting = (0u8..)
+            .zip(vcpus)
+            .map(|(index, vcpu)| Vcpu { index, fd: vcpu.fd })
+            .collect();
         Ok(Self {
             vcpus: Vec::new(),
             waiting,
             devices,
             bus: Arc::new(bus),
             events,
-            _vm: vm,
-            _memory: memory,
-            memory_file,
-            config,
+            vm,
+            memory,
+            mapped,
+            pagemap,
+            shape,
+            cpuid,
+            msr_indices,
+            xsave_words,
+            paused: false,
         })
     }
 
@@ -204,6 +301,22 @@ impl Machine {
         &self.devices
     }
 
+    /// Runs `f` on the first chip that it takes.
+    pub fn with_chip<T>(&self, mut f: impl FnMut(Chip<'_>) -> Option<T>) -> Option<T> {
+        self.devices
+            .iter()
+            .find_map(|slot| f(lock(&slot.device).chip()))
+    }
+
+    /// The host's ends of the spare connections that were restored, once.
+    pub fn take_spares(&self) -> Vec<Spare> {
+        let spares = self.with_chip(|chip| match chip {
+            Chip::Vsock(vsock) => Some(vsock.take_spares()),
+            _ => None,
+        });
+        spares.unwrap_or_default()
+    }
+
     /// Exits, device counters and memory, since the machine was made.
     pub fn metrics(&self, console: &Console) -> v1::Metrics {
         let mut exits = HashMap::new();
@@ -220,13 +333,26 @@ impl Machine {
         });
         v1::Metrics {
             memory: Some(v1::MemoryMetrics {
-                guest_bytes: self.config.memory_bytes(),
-                guest_resident_bytes: memory::resident_bytes(&self.memory_file),
+                guest_bytes: self.shape.memory_bytes(),
+                guest_private_bytes: self.private_bytes(),
             }),
             exits,
             devices: devices.collect(),
             console_tail: console.tail(),
         }
+    }
+
+    fn private_bytes(&self) -> u64 {
+        let private = self
+            .pagemap
+            .as_ref()
+            .and_then(|pagemap| pagemap.private(&self.memory).ok());
+        let pages: u64 = private
+            .iter()
+            .flatten()
+            .map(|pages| pages.end - pages.start)
+            .sum();
+        pages * memory::PAGE_BYTES
     }
 }
 
@@ -239,93 +365,164 @@ impl Drop for Machine {
     }
 }
 
-/// The list of devices while it grows.
-#[derive(Default)]
-struct DeviceList {
-    slots: Vec<DeviceSlot>,
-    virtio: u32,
-}
+// === impl Parts ===
 
-// === impl DeviceList ===
-
-impl DeviceList {
-    /// What every machine has.
-    fn add_fixed(
-        &mut self,
-        memory: &GuestMemory,
-        console: Console,
-        events: &EventSender,
-    ) -> Result<(), BuildError> {
-        let clone = || events.try_clone().map_err(BuildError::EventFd);
-        let serial = SerialDevice::new(console).map_err(BuildError::EventFd)?;
-        let com1 = ports(layout::COM1_PORT, layout::COM1_PORTS);
-        self.add("serial", com1, Some(layout::COM1_GSI), serial);
-        let power = ports(layout::POWER_PORT, power::PORTS);
-        self.add("power", power, None, PowerDevice::new(clone()?));
-        self.add(
-            "panic",
-            ports(layout::PANIC_PORT, 1),
-            None,
-            PanicDevice::new(clone()?),
-        );
-        let generation = GenerationDevice::new(memory)?;
-        self.add("generation", None, Some(layout::GENERATION_GSI), generation);
-        Ok(())
-    }
-
-    fn add_virtio(
-        &mut self,
-        name: String,
-        chip: Box<dyn VirtioDevice>,
-        memory: &GuestMemory,
-    ) -> Result<(), BuildError> {
-        let transport = VirtioMmio::new(chip, memory.clone()).map_err(BuildError::EventFd)?;
-        let range = Range {
-            space: Space::Memory,
-            start: layout::VIRTIO_MMIO_START + u64::from(self.virtio) * layout::VIRTIO_MMIO_BYTES,
-            bytes: layout::VIRTIO_MMIO_BYTES,
+impl Parts {
+    /// What the client sent for a snapshot, with what the snapshot knows of it.
+    pub fn of_snapshot(
+        state: &MachineState,
+        disks: Vec<RestoreDisk>,
+        vsock_listener: Option<UnixListener>,
+        pagemap: Option<File>,
+    ) -> Result<Self, RestoreError> {
+        let chips = || {
+            state
+                .devices
+                .iter()
+                .filter_map(|device| match &device.state {
+                    DeviceState::Virtio(transport) => Some(&transport.chip),
+                    _ => None,
+                })
         };
-        let gsi = layout::FIRST_VIRTIO_GSI + self.virtio;
-        self.virtio += 1;
-        self.add(name, Some(range), Some(gsi), transport);
-        Ok(())
-    }
-
-    fn add(
-        &mut self,
-        name: impl Into<String>,
-        range: Option<Range>,
-        gsi: Option<u32>,
-        device: impl Device + 'static,
-    ) {
-        self.slots.push(DeviceSlot {
-            name: name.into(),
-            place: Place { range, gsi },
-            device: Arc::new(Mutex::new(device)),
-        });
-    }
-
-    /// Wires every device to KVM and puts it on the bus.
-    fn connect(self, vm: &VmFd) -> Result<(Vec<DeviceSlot>, Bus), BuildError> {
-        let mut bus = Bus::default();
-        for slot in &self.slots {
-            lock(&slot.device)
-                .connect(vm, &slot.place)
-                .map_err(kvm::refused("KVM_IRQFD or KVM_IOEVENTFD"))?;
-            if let Some(range) = slot.place.range {
-                bus.insert(range, Arc::clone(&slot.device))?;
-            }
+        let saved_disks: Vec<_> = chips()
+            .filter_map(|chip| match chip {
+                ChipState::Block(disk) => Some(disk),
+                _ => None,
+            })
+            .collect();
+        if saved_disks.len() != disks.len() {
+            let words = |disks: usize| format!("{disks} disks");
+            return Err(RestoreError::Shape(
+                words(saved_disks.len()),
+                words(disks.len()),
+            ));
         }
-        Ok((self.slots, bus))
+        let disks = saved_disks
+            .into_iter()
+            .zip(disks)
+            .map(|(saved, sent)| Disk {
+                id: saved.id.clone(),
+                size_bytes: saved.size_bytes,
+                base: sent.base,
+                frozen: sent.frozen,
+                layer: sent.layer,
+                rate_limit: sent.rate_limit,
+            });
+        let guest_cid = chips().find_map(|chip| match chip {
+            ChipState::Vsock(vsock) => u32::try_from(vsock.guest_cid).ok(),
+            _ => None,
+        });
+        let vsock = match (guest_cid, vsock_listener) {
+            (Some(guest_cid), Some(listener)) => Some(Vsock {
+                guest_cid,
+                listener,
+            }),
+            (None, None) => None,
+            (saved, _) => {
+                let words = |vsock| if vsock { "a vsock" } else { "no vsock" };
+                let (saved, sent) = (words(saved.is_some()), words(saved.is_none()));
+                return Err(RestoreError::Shape(saved.into(), sent.into()));
+            }
+        };
+        Ok(Self {
+            disks: disks.collect(),
+            vsock,
+            pagemap,
+        })
     }
 }
 
-fn ports(start: u16, count: u16) -> Option<Range> {
-    Some(Range {
-        space: Space::Port,
-        start: u64::from(start),
-        bytes: u64::from(count),
-    })
+/// Checks that a state, which is untrusted, is of this machine.
+fn check_fit(
+    state: &MachineState,
+    shape: Shape,
+    parts: &Parts,
+    layers: usize,
+) -> Result<(), RestoreError> {
+    let saved = &state.shape;
+    if *saved != shape.save() {
+        let words = |shape: &state::ShapeState| {
+            let vsock = if shape.vsock { "a" } else { "no" };
+            format!(
+                "{} vCPUs, {} MiB, {} disks and {vsock} vsock",
+                shape.vcpu_count, shape.memory_mib, shape.block_devices
+            )
+        };
+        return Err(RestoreError::Shape(words(saved), words(&shape.save())));
+    }
+    if state.vcpus.len() != usize::from(shape.vcpu_count) {
+        let (saved, wanted) = (state.vcpus.len(), shape.vcpu_count);
+        let words = |vcpus: usize| format!("the state of {vcpus} vCPUs");
+        return Err(RestoreError::Shape(words(saved), words(wanted.into())));
+    }
+    let layers_of = |what, expected: u32, actual: usize| {
+        if expected as usize == actual {
+            Ok(())
+        } else {
+            Err(RestoreError::Layers {
+                what,
+                expected,
+                actual,
+            })
+        }
+    };
+    layers_of("memory", state.memory.layers, layers)?;
+    if state.memory.layers == 0 {
+        return layers_of("memory", 1, 0);
+    }
+    runs::check(
+        &state.memory.runs,
+        shape.memory_bytes() / memory::PAGE_BYTES,
+        state.memory.layers,
+    )?;
+    if state.disk_layers.len() != parts.disks.len() {
+        return layers_of("disk", state.disk_layers.len() as u32, parts.disks.len());
+    }
+    for (expected, disk) in state.disk_layers.iter().zip(&parts.disks) {
+        layers_of("disk", *expected, disk.frozen.len())?;
+    }
+    Ok(())
+}
+
+fn restore_devices(
+    devices: &[DeviceSlot],
+    saved: Vec<state::NamedDevice>,
+) -> Result<(), RestoreError> {
+    if saved.len() != devices.len() {
+        let words = |devices: usize| format!("{devices} devices");
+        return Err(RestoreError::Shape(
+            words(saved.len()),
+            words(devices.len()),
+        ));
+    }
+    for (slot, saved) in devices.iter().zip(saved) {
+        let error = |error| RestoreError::Device {
+            name: slot.name.clone(),
+            error,
+        };
+        if slot.name != saved.name {
+            return Err(error(StateError::Kind));
+        }
+        lock(&slot.device).restore(saved.state).map_err(error)?;
+    }
+    Ok(())
+}
+
+fn renew_generation(devices: &[DeviceSlot]) -> Result<(), GenerationError> {
+    for slot in devices {
+        if let Chip::Generation(generation) = lock(&slot.device).chip() {
+            generation.renew()?;
+        }
+    }
+    Ok(())
+}
+
+/// How the machine's CPUID came to be.
+fn cpu_profile(cpuid: &CpuId) -> CpuProfile {
+    CpuProfile {
+        name: cpuid::PROFILE.to_owned(),
+        cpuid: cpuid.as_slice().to_vec(),
+    }
 }
 
 // === impl Stopwatch ===
@@ -364,12 +561,15 @@ impl BuildError {
             Self::Memory(_) => Code::Memory,
             Self::Kernel(_) => Code::Kernel,
             Self::Disk(_) => Code::Disk,
+            Self::Restore(RestoreError::Cpu(_)) => Code::Cpu,
+            Self::Restore(_) => Code::Snapshot,
             Self::Acpi(_)
             | Self::Vsock(_)
             | Self::Generation(_)
             | Self::Overlap(_)
             | Self::BootTables(_)
             | Self::EventFd(_)
+            | Self::Missing(_)
             | Self::Thread(_) => Code::Host,
         }
     }

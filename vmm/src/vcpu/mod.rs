@@ -2,7 +2,8 @@
 
 use std::io;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc::{self, RecvTimeoutError};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -11,10 +12,16 @@ use soulbox_proto::vmm::v1::exited::Reason;
 
 use crate::bus::{Bus, Space};
 use crate::events::EventSender;
+use crate::machine::kvm::KvmError;
 
 pub mod boot;
 pub mod cpuid;
+pub mod features;
 mod kick;
+pub mod state;
+mod xsave;
+
+use state::VcpuState;
 
 /// KVM_EXIT_*, as far as vCPUs count them apart.
 const EXIT_NAMES: [&str; 8] = [
@@ -41,7 +48,7 @@ const EMULATION_FAILED: &str = "KVM could not emulate an instruction of the gues
      cannot run guest kernels (a CPU without vmx or svm, or nested where the outer hypervisor \
      lacks it). Run on such a CPU, or through images/bench/run, which finds or makes one";
 
-/// How often a vCPU that was told to stop is told again.
+/// How often a vCPU that was told to stop or to pause is told again.
 const KICK_INTERVAL: Duration = Duration::from_micros(500);
 
 /// A vCPU whose state is set and which has not run yet.
@@ -50,18 +57,34 @@ pub struct Vcpu {
     pub fd: VcpuFd,
 }
 
-/// A vCPU's running thread. Dropping it stops and joins the thread.
+/// A vCPU's thread. Dropping it stops and joins the thread.
 pub struct VcpuThread {
     thread: Option<JoinHandle<()>>,
+    commands: mpsc::Sender<Command>,
     shared: Arc<Shared>,
 }
 
 /// What a vCPU's thread and the monitor share.
 struct Shared {
-    stop: AtomicBool,
     /// `immediate_exit` of the vCPU's `kvm_run`; empty once the thread is over.
     immediate_exit: kick::ImmediateExit,
     exits: [AtomicU64; EXIT_NAMES.len()],
+}
+
+/// What a vCPU is told. It looks for commands when KVM_RUN was interrupted,
+/// which completes an exit that was left half done (api.rst, KVM_RUN).
+enum Command {
+    Pause(mpsc::Sender<()>),
+    /// Only while paused.
+    Save(SaveRequest),
+    Resume,
+    Stop,
+}
+
+struct SaveRequest {
+    msr_indices: Arc<[u32]>,
+    xsave_words: usize,
+    reply: mpsc::Sender<Result<VcpuState, KvmError>>,
 }
 
 /// Why a vCPU left its loop.
@@ -72,13 +95,17 @@ enum Stop {
     Over(Reason, String),
 }
 
+#[derive(Debug, thiserror::Error)]
+#[error("a vCPU has ended, and with it the machine")]
+pub struct VcpuGone;
+
 // === impl Vcpu ===
 
 impl Vcpu {
     /// Starts the thread, which enters the guest at once.
     pub fn spawn(mut self, bus: Arc<Bus>, events: EventSender) -> io::Result<VcpuThread> {
+        let (sender, commands) = mpsc::channel();
         let shared = Arc::new(Shared {
-            stop: AtomicBool::new(false),
             immediate_exit: kick::ImmediateExit::of(&mut self.fd),
             exits: Default::default(),
         });
@@ -88,7 +115,7 @@ impl Vcpu {
             // The loop is shallow; the default of 2 MiB would only be reserved.
             .stack_size(256 * 1024)
             .spawn(move || {
-                if let Stop::Over(reason, message) = self.run(&bus, &of_thread) {
+                if let Stop::Over(reason, message) = self.run(&bus, &of_thread, &commands) {
                     events.exit(reason, format!("vCPU {}: {message}", self.index));
                 }
                 // `kvm_run` is unmapped with the VcpuFd.
@@ -96,12 +123,13 @@ impl Vcpu {
             })?;
         Ok(VcpuThread {
             thread: Some(thread),
+            commands: sender,
             shared,
         })
     }
 
-    fn run(&mut self, bus: &Bus, shared: &Shared) -> Stop {
-        while !shared.stop.load(Ordering::Acquire) {
+    fn run(&mut self, bus: &Bus, shared: &Shared, commands: &mpsc::Receiver<Command>) -> Stop {
+        loop {
             let kind = match self.fd.run() {
                 Ok(VcpuExit::IoIn(port, data)) => {
                     bus.read(Space::Port, u64::from(port), data);
@@ -157,8 +185,46 @@ impl Vcpu {
                 }
             };
             shared.count(kind);
+            if kind == INTR && self.obey(shared, commands) {
+                return Stop::Asked;
+            }
         }
-        Stop::Asked
+    }
+
+    /// Does what it was told, if anything. True when that is to stop.
+    fn obey(&mut self, shared: &Shared, commands: &mpsc::Receiver<Command>) -> bool {
+        let mut paused = false;
+        loop {
+            let command = if paused {
+                // Without a sender the machine is being torn down.
+                commands.recv().unwrap_or(Command::Stop)
+            } else {
+                match commands.try_recv() {
+                    Ok(command) => command,
+                    Err(_) => return false,
+                }
+            };
+            match command {
+                Command::Pause(reply) => {
+                    // Cleared here and not when it resumes: the next command may
+                    // have set it by then.
+                    shared.immediate_exit.unset();
+                    paused = true;
+                    let _ = reply.send(());
+                }
+                Command::Save(request) => {
+                    let state = state::save(&self.fd, &request.msr_indices, request.xsave_words);
+                    let _ = request.reply.send(state);
+                }
+                Command::Resume => {
+                    // So that the guest's watchdog does not take the pause for a
+                    // lockup. EINVAL: it has no kvmclock.
+                    let _ = self.fd.kvmclock_ctrl();
+                    return false;
+                }
+                Command::Stop => return true,
+            }
+        }
     }
 
     /// Names the place, as far as KVM still tells it.
@@ -185,8 +251,73 @@ impl VcpuThread {
 
     /// Tells the vCPU to leave the guest, without waiting for it.
     pub fn ask_to_stop(&self) {
-        self.shared.stop.store(true, Ordering::Release);
+        // A thread that is over takes no more commands.
+        let _ = self.commands.send(Command::Stop);
         self.shared.immediate_exit.set();
+        self.kick();
+    }
+
+    /// Tells the vCPU to pause; [`Pausing::wait`] waits for it.
+    pub fn ask_to_pause(&self) -> Result<Pausing<'_>, VcpuGone> {
+        let (reply, paused) = mpsc::channel();
+        self.command(Command::Pause(reply))?;
+        self.shared.immediate_exit.set();
+        self.kick();
+        Ok(Pausing { vcpu: self, paused })
+    }
+
+    /// Reads the state of a paused vCPU.
+    pub fn save(
+        &self,
+        msr_indices: &Arc<[u32]>,
+        xsave_words: usize,
+    ) -> Result<Result<VcpuState, KvmError>, VcpuGone> {
+        let (reply, saved) = mpsc::channel();
+        self.command(Command::Save(SaveRequest {
+            msr_indices: Arc::clone(msr_indices),
+            xsave_words,
+            reply,
+        }))?;
+        saved.recv().map_err(|_| VcpuGone)
+    }
+
+    /// Has a paused vCPU go on.
+    pub fn resume(&self) {
+        // One that is over has told so.
+        let _ = self.command(Command::Resume);
+    }
+
+    fn command(&self, command: Command) -> Result<(), VcpuGone> {
+        self.commands.send(command).map_err(|_| VcpuGone)
+    }
+
+    fn kick(&self) {
+        if let Some(thread) = &self.thread {
+            kick::kick(thread);
+        }
+    }
+}
+
+/// A vCPU on its way to a pause.
+pub struct Pausing<'a> {
+    vcpu: &'a VcpuThread,
+    paused: mpsc::Receiver<()>,
+}
+
+// === impl Pausing ===
+
+impl Pausing<'_> {
+    /// Waits until the vCPU stands still. A signal that comes just before KVM_RUN
+    /// is not lost, for by then immediate_exit is set; it is repeated for the
+    /// sake of other system calls.
+    pub fn wait(self) -> Result<(), VcpuGone> {
+        loop {
+            match self.paused.recv_timeout(KICK_INTERVAL) {
+                Ok(()) => return Ok(()),
+                Err(RecvTimeoutError::Timeout) => self.vcpu.kick(),
+                Err(RecvTimeoutError::Disconnected) => return Err(VcpuGone),
+            }
+        }
     }
 }
 
@@ -196,9 +327,7 @@ impl Drop for VcpuThread {
         let Some(thread) = self.thread.take() else {
             return;
         };
-        // immediate_exit stops the next KVM_RUN, the signal the present one. A
-        // signal that comes just before KVM_RUN is not lost, for by then
-        // immediate_exit is set; it is repeated for the sake of other syscalls.
+        // As in Pausing::wait.
         while !thread.is_finished() {
             kick::kick(&thread);
             std::thread::park_timeout(KICK_INTERVAL);

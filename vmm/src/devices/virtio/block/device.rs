@@ -6,7 +6,7 @@ use virtio_bindings::virtio_blk::{
 };
 use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
-use virtio_queue::QueueT;
+use virtio_queue::{Queue, QueueT};
 
 use super::disk::Disk;
 use super::engine::{Engine, SetupError};
@@ -14,10 +14,14 @@ use super::layer::Layer;
 use super::metrics::Metrics;
 use super::queue::{Active, Backend};
 use super::request::{SEGMENTS_MAX, ZERO_MAX_SECTORS};
-use super::{BLOCK_BYTES, BlockConfig, BlockError, ID_MAX_BYTES, QUEUE_SIZE, SECTOR_BYTES};
-use crate::devices::virtio::{
-    ActivateError, Activation, Counters, VirtioDevice, read_config_space,
+use super::{
+    BLOCK_BYTES, BlockConfig, BlockError, BlockState, Freeze, FreezeError, ID_MAX_BYTES,
+    QUEUE_SIZE, SECTOR_BYTES,
 };
+use crate::devices::virtio::{
+    ActivateError, Activation, ChipState, Counters, VirtioDevice, read_config_space,
+};
+use crate::devices::{Chip, StateError};
 use crate::rate_limiter::RateLimiter;
 
 /// The length of `struct virtio_blk_config` up to the write-zeroes fields.
@@ -36,6 +40,8 @@ pub struct Block {
 // === impl Block ===
 
 impl Block {
+    pub const QUEUES: usize = 1;
+
     /// Checks the files, lays out the layer if it is empty, and sets up the
     /// ring. Must run before the seccomp filter that denies io_uring_setup.
     pub fn new(config: BlockConfig) -> Result<Self, BlockError> {
@@ -57,6 +63,29 @@ impl Block {
             active: None,
         })
     }
+
+    pub fn is_writable(&self) -> bool {
+        self.backend.disk.is_writable()
+    }
+
+    /// How many frozen layers the disk has.
+    pub fn frozen_layers(&self) -> usize {
+        0
+    }
+
+    /// Does all of a freeze that can fail: writes the layer's record of what is
+    /// present, merges, and lays out the next layer. Only while quiesced. One of
+    /// [`Block::commit_freeze`] and [`Block::abandon_freeze`] must follow.
+    pub fn prepare_freeze(&mut self, freeze: Freeze) -> Result<(), FreezeError> {
+        let _ = freeze;
+        Err(FreezeError::Request("not yet"))
+    }
+
+    /// From now on the disk writes to the next layer, if it was given one.
+    pub fn commit_freeze(&mut self) {}
+
+    /// The disk goes on as before.
+    pub fn abandon_freeze(&mut self) {}
 
     fn process(&mut self) {
         if let Some(active) = &mut self.active {
@@ -166,6 +195,26 @@ impl VirtioDevice for Block {
         if let Some(active) = self.active.take() {
             active.reset(&mut self.backend);
         }
+    }
+
+    fn quiesce(&mut self) -> Vec<Queue> {
+        Vec::new()
+    }
+
+    fn save(&self) -> ChipState {
+        ChipState::Block(BlockState {
+            id: String::new(),
+            size_bytes: self.backend.disk.size_bytes(),
+            writable: self.backend.disk.is_writable(),
+        })
+    }
+
+    fn restore(&mut self, _state: ChipState) -> Result<(), StateError> {
+        Ok(())
+    }
+
+    fn chip(&mut self) -> Chip<'_> {
+        Chip::Disk(self)
     }
 
     fn counters(&self) -> Counters {

@@ -17,6 +17,8 @@
 use std::fs::File;
 use std::io;
 
+use serde::{Deserialize, Serialize};
+
 use crate::config::RateLimit;
 
 mod bitmap;
@@ -56,10 +58,47 @@ pub struct BlockConfig {
     /// The shared image, open for reading only. Where it is shorter than the
     /// disk, the rest reads as zeros.
     pub base: File,
+    /// Layers that were frozen by snapshots, root first; open for reading. A
+    /// block is in the last layer that has it, else in the base.
+    pub frozen: Vec<File>,
     /// An empty file, or a layer of a disk of the same size; open for reading
     /// and writing. Without it the disk is read-only.
     pub layer: Option<File>,
     pub rate_limit: RateLimit,
+}
+
+/// What is saved of a disk; its blocks are in its files.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BlockState {
+    pub id: String,
+    pub size_bytes: u64,
+    pub writable: bool,
+}
+
+/// What a snapshot does with a disk's files; see SnapshotDisk of the control
+/// protocol.
+#[derive(Debug)]
+pub struct Freeze {
+    pub next: Option<File>,
+    pub merge: Option<Merge>,
+}
+
+/// Frozen layers from `keep` on, and the one being frozen, become one.
+#[derive(Debug)]
+pub struct Merge {
+    pub file: File,
+    pub keep: usize,
+}
+
+/// Why a disk could not be frozen. It goes on as it was.
+#[derive(Debug, thiserror::Error)]
+pub enum FreezeError {
+    #[error("the disk could not be written; see the free space of its file system")]
+    Io(#[source] io::Error),
+    #[error(transparent)]
+    Layer(#[from] LayerError),
+    #[error("{0}")]
+    Request(&'static str),
 }
 
 /// Why a disk could not be made.

@@ -8,12 +8,13 @@ use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 use virtio_queue::{Queue, QueueOwnedT, QueueT};
 
 use super::super::{
-    ActivateError, Activation, Counters, Interrupt, VirtioDevice, read_config_space,
+    ActivateError, Activation, ChipState, Counters, Interrupt, VirtioDevice, read_config_space,
 };
-use super::VsockConfig;
 use super::chain::Buffers;
 use super::muxer::{Muxer, Output};
 use super::packet::{HEADER_LEN, Header, Key};
+use super::{Spare, VsockConfig, VsockState};
+use crate::devices::{Chip, StateError};
 use crate::memory::GuestMemory;
 
 /// The queues that are served on notification; the third is for events
@@ -58,6 +59,8 @@ pub enum NewVsockError {
 // === impl Vsock ===
 
 impl Vsock {
+    pub const QUEUES: usize = QUEUE_SIZES.len();
+
     pub fn new(config: VsockConfig) -> Result<Self, NewVsockError> {
         // CIDs have 32 bits in use; the last is VMADDR_CID_ANY (section 5.10.4).
         if !(FIRST_GUEST_CID..u64::from(u32::MAX)).contains(&config.guest_cid) {
@@ -189,6 +192,17 @@ impl Vsock {
         written
     }
 
+    /// Asks the guest for connections that only a snapshot will use.
+    pub fn open_spares(&mut self, guest_port: u32, count: u32) -> io::Result<()> {
+        let _ = (guest_port, count);
+        Ok(())
+    }
+
+    /// The host's ends of the spare connections that were restored, once.
+    pub fn take_spares(&mut self) -> Vec<Spare> {
+        Vec::new()
+    }
+
     #[cfg(test)]
     pub(super) fn waiting(&self) -> usize {
         self.muxer.waiting()
@@ -264,6 +278,30 @@ impl VirtioDevice for Vsock {
     fn reset(&mut self) {
         self.muxer.stop();
         self.active = None;
+    }
+
+    fn quiesce(&mut self) -> Vec<Queue> {
+        self.active
+            .take()
+            .map(|active| vec![active.rx, active.tx, active.event])
+            .unwrap_or_default()
+    }
+
+    fn save(&self) -> ChipState {
+        ChipState::Vsock(VsockState {
+            guest_cid: self.muxer.guest_cid(),
+            next_host_port: 0,
+            spares: Vec::new(),
+            lost: Vec::new(),
+        })
+    }
+
+    fn restore(&mut self, _state: ChipState) -> Result<(), StateError> {
+        Ok(())
+    }
+
+    fn chip(&mut self) -> Chip<'_> {
+        Chip::Vsock(self)
     }
 
     fn counters(&self) -> Counters {

@@ -89,6 +89,7 @@ impl Files {
             id: "root".into(),
             size_bytes: self.size_bytes,
             base: self.base(),
+            frozen: Vec::new(),
             layer: Some(self.layer()),
             rate_limit: RateLimit::default(),
         }
