@@ -111,6 +111,7 @@ impl VirtioMmio {
                 problem,
             });
         }
+        let in_use = self.chip.queues_in_use(state.driver_features);
         let mut queues = Vec::with_capacity(sizes.len());
         for (index, (saved, max_size)) in state.queues.iter().zip(sizes).enumerate() {
             let bad = |problem| StateError::Queue {
@@ -129,7 +130,7 @@ impl VirtioMmio {
                 used_ring: saved.used_ring,
             })
             .map_err(|_| bad("of a size or at an address that no queue has"))?;
-            if state.activated && !queue.is_valid(&self.memory) {
+            if state.activated && index < in_use && !queue.is_valid(&self.memory) {
                 return Err(bad("in use but not ready, or not in guest memory"));
             }
             queues.push(queue);
@@ -182,7 +183,8 @@ impl VirtioMmio {
             }
             reg::VIRTIO_MMIO_INTERRUPT_STATUS => self.interrupt.status(),
             reg::VIRTIO_MMIO_STATUS => self.status,
-            // The configuration of our chips never changes while they run.
+            // What changes in our chips' configuration while they run is of one
+            // access, so no driver can read it half changed.
             reg::VIRTIO_MMIO_CONFIG_GENERATION => 0,
             _ => 0,
         }
@@ -300,7 +302,9 @@ impl VirtioMmio {
         for queue in &mut queues {
             queue.set_event_idx(event_idx);
         }
-        let valid = queues.iter().all(|queue| queue.is_valid(&self.memory));
+        let in_use = self.chip.queues_in_use(self.driver_features);
+        let mut queues_in_use = queues.iter().take(in_use);
+        let valid = queues_in_use.all(|queue| queue.is_valid(&self.memory));
         let activated = valid
             && self
                 .chip
@@ -314,6 +318,8 @@ impl VirtioMmio {
         if activated {
             self.activated = true;
         } else {
+            // The driver can change them no more, but a snapshot has them all.
+            self.queues = self.fresh_queues();
             self.status |= VIRTIO_CONFIG_S_NEEDS_RESET;
             self.interrupt.signal_config_change();
         }
@@ -380,10 +386,10 @@ impl Device for VirtioMmio {
     }
 
     fn write(&mut self, offset: u64, data: &[u8]) {
-        // No chip of ours has writable configuration.
-        if offset < u64::from(reg::VIRTIO_MMIO_CONFIG)
-            && let (Ok(offset), Ok(word)) = (u32::try_from(offset), <[u8; 4]>::try_from(data))
-        {
+        let config = u64::from(reg::VIRTIO_MMIO_CONFIG);
+        if offset >= config {
+            self.chip.write_config(offset - config, data);
+        } else if let (Ok(offset), Ok(word)) = (u32::try_from(offset), <[u8; 4]>::try_from(data)) {
             self.write_register(offset, u32::from_le_bytes(word));
         }
     }

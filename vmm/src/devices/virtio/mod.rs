@@ -38,9 +38,19 @@ pub trait VirtioDevice: Send {
     /// Feature bits the device offers. The transport adds VIRTIO_F_VERSION_1.
     fn features(&self) -> u64;
 
+    /// How many of the queues, the first ones, a driver sets up that accepted
+    /// these features. Of the others the device takes nothing.
+    fn queues_in_use(&self, _driver_features: u64) -> usize {
+        self.queue_sizes().len()
+    }
+
     /// Reads the device's configuration space. What lies past its end reads as
     /// zeros.
     fn read_config(&self, offset: u64, data: &mut [u8]);
+
+    /// Writes the device's configuration space, where it has something for the
+    /// driver to write. May be called while inactive.
+    fn write_config(&mut self, _offset: u64, _data: &[u8]) {}
 
     /// Descriptors the event loop watches for readability, level-triggered,
     /// from before the guest runs until the machine is gone. A device whose
@@ -99,7 +109,8 @@ pub enum ChipState {
 #[derive(Debug)]
 pub struct Activation {
     pub memory: GuestMemory,
-    /// One for each of [`VirtioDevice::queue_sizes`]; all valid and ready.
+    /// One for each of [`VirtioDevice::queue_sizes`]; those in use are valid and
+    /// ready.
     pub queues: Vec<Queue>,
     pub interrupt: Interrupt,
     /// The feature bits that the driver accepted.
