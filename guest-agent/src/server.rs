@@ -45,6 +45,11 @@ impl Services {
     }
 
     /// Serves until `stop`, and then until the calls that run are answered.
+    ///
+    /// A connection that says nothing is kept for ever and costs no timer: those
+    /// that the host opens ahead of need are in a snapshot, and begin when they are
+    /// used. They are not silent, though: the server's SETTINGS go out when a
+    /// connection is accepted, so they are among what a restored one has to deliver.
     pub(crate) async fn serve<C>(
         self,
         connections: impl Stream<Item = std::io::Result<C>>,
@@ -81,5 +86,53 @@ impl Service<http::Request<Body>> for Services {
                 Ok(status.into_http())
             }),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+    use tokio::net::UnixStream;
+    use tokio::sync::watch;
+    use tokio_stream::StreamExt as _;
+
+    use super::*;
+    use crate::reaper::Reaper;
+
+    const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
+    /// Length 0, type 4, no flags, stream 0.
+    const EMPTY_SETTINGS: [u8; 9] = [0, 0, 0, 4, 0, 0, 0, 0, 0];
+    const SETTINGS_ACK: [u8; 9] = [0, 0, 0, 4, 1, 0, 0, 0, 0];
+
+    async fn frame(stream: &mut UnixStream) -> [u8; 9] {
+        let mut header = [0; 9];
+        stream.read_exact(&mut header).await.unwrap();
+        let length = u32::from_be_bytes([0, header[0], header[1], header[2]]);
+        let mut payload = vec![0; length as usize];
+        stream.read_exact(&mut payload).await.unwrap();
+        header
+    }
+
+    // The clock of a paused runtime jumps to the next timer whenever nothing else
+    // is to be done, so that a timer of the server's would have run out.
+    #[tokio::test(start_paused = true)]
+    async fn a_spare_connection_waits_for_ever() {
+        let (stop, stopped) = watch::channel(false);
+        let processes = Processes::new(Reaper::default(), None, stopped);
+        let system = System::new(processes.clone(), stop, false);
+        let (mut spare, accepted) = UnixStream::pair().unwrap();
+        let connections =
+            tokio_stream::once(Ok::<_, std::io::Error>(accepted)).chain(tokio_stream::pending());
+        let services = Services::new(processes, system);
+        tokio::spawn(services.serve(connections, std::future::pending()));
+
+        // Sent before anything is asked: the restored host's end must get it.
+        assert_eq!(frame(&mut spare).await[3], 4);
+        tokio::time::sleep(Duration::from_hours(24 * 365)).await;
+        spare.write_all(PREFACE).await.unwrap();
+        spare.write_all(&EMPTY_SETTINGS).await.unwrap();
+        while frame(&mut spare).await != SETTINGS_ACK {}
     }
 }
