@@ -102,9 +102,11 @@ mod tests {
     use crate::reaper::Reaper;
 
     const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
-    /// Length 0, type 4, no flags, stream 0.
-    const EMPTY_SETTINGS: [u8; 9] = [0, 0, 0, 4, 0, 0, 0, 0, 0];
-    const SETTINGS_ACK: [u8; 9] = [0, 0, 0, 4, 1, 0, 0, 0, 0];
+    // Length, type, flags, stream, and the payload; RFC 9113, section 4.1.
+    const SETTINGS: [u8; 9] = [0, 0, 0, 4, 0, 0, 0, 0, 0];
+    const PING: [u8; 17] = [0, 0, 8, 6, 0, 0, 0, 0, 0, 1, 2, 3, 4, 5, 6, 7, 8];
+    const PING_ACK: [u8; 9] = [0, 0, 8, 6, 1, 0, 0, 0, 0];
+    const GO_AWAY: u8 = 7;
 
     async fn frame(stream: &mut UnixStream) -> [u8; 9] {
         let mut header = [0; 9];
@@ -129,10 +131,16 @@ mod tests {
         tokio::spawn(services.serve(connections, std::future::pending()));
 
         // Sent before anything is asked: the restored host's end must get it.
-        assert_eq!(frame(&mut spare).await[3], 4);
+        assert_eq!(frame(&mut spare).await[3], SETTINGS[3]);
         tokio::time::sleep(Duration::from_hours(24 * 365)).await;
-        spare.write_all(PREFACE).await.unwrap();
-        spare.write_all(&EMPTY_SETTINGS).await.unwrap();
-        while frame(&mut spare).await != SETTINGS_ACK {}
+        for part in [PREFACE, &SETTINGS, &PING] {
+            spare.write_all(part).await.unwrap();
+        }
+        loop {
+            match frame(&mut spare).await {
+                PING_ACK => break,
+                other => assert_ne!(other[3], GO_AWAY),
+            }
+        }
     }
 }

@@ -4,7 +4,10 @@
 mod common;
 
 use std::collections::HashSet;
-use std::time::Duration;
+use std::os::unix::process::ExitStatusExt as _;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use common::*;
 use soulbox_proto::guest::v1::exec_response::Event;
@@ -68,54 +71,31 @@ async fn a_suspended_program_stands_still_until_configure() {
 
 #[tokio::test]
 async fn a_program_that_is_asked_for_meanwhile_runs_after_configure() {
-    let guest = Guest::start_as_init().await;
+    let guest = Arc::new(Guest::start_as_init().await);
+    let run = |line: &'static str| {
+        let guest = Arc::clone(&guest);
+        tokio::spawn(async move { guest.sh(line).await })
+    };
     // Some of these are being started when the programs stop.
-    let early = (0..8).map(|_| guest.sh("echo early"));
-    let early = futures_of(early);
-    let (early, suspended) = tokio::join!(early, async {
-        let suspended = suspend(&guest).await;
-        let late = guest.sh("date +%s%N; cat /etc/machine-id");
-        let mut late = std::pin::pin!(late);
-        let waited = tokio::time::timeout(A_WHILE, &mut late).await;
-        assert!(waited.is_err(), "it ran in a suspended guest");
-        // Nothing else waits for it.
-        guest.health().await;
-        suspend(&guest).await.unwrap();
+    let early: Vec<_> = (0..8).map(|_| run("echo early")).collect();
+    suspend(&guest).await.unwrap();
+    let late = run("date +%s%N; cat /etc/machine-id");
+    tokio::time::sleep(A_WHILE).await;
+    // Nothing else waits for them, and they stand still.
+    guest.health().await;
+    suspend(&guest).await.unwrap();
+    assert!(!late.is_finished());
 
-        let now = std::time::SystemTime::now();
-        configure(&guest, new_identity()).await.unwrap();
-        let late = late.await;
-        let (ran, id) = late.text().trim().split_once('\n').unwrap();
-        let now = now.duration_since(std::time::UNIX_EPOCH).unwrap();
-        assert!(ran.parse::<u128>().unwrap() >= now.as_nanos());
-        assert_eq!(id.trim(), text(&guest, MACHINE_ID).await.trim());
-        suspended
-    });
-    suspended.unwrap();
-    for finished in early {
-        assert_eq!((finished.text(), finished.code()), ("early\n", 0));
+    let before = SystemTime::now().duration_since(UNIX_EPOCH).unwrap();
+    configure(&guest, new_identity()).await.unwrap();
+    for early in early {
+        let early = early.await.unwrap();
+        assert_eq!((early.text(), early.code()), ("early\n", 0));
     }
-}
-
-/// All of them, at the same time.
-async fn futures_of<T>(futures: impl IntoIterator<Item = impl Future<Output = T>>) -> Vec<T> {
-    let mut futures: Vec<_> = futures.into_iter().map(Box::pin).collect();
-    let mut done: Vec<Option<T>> = futures.iter().map(|_| None).collect();
-    std::future::poll_fn(move |context| {
-        for (future, slot) in futures.iter_mut().zip(&mut done) {
-            if slot.is_none()
-                && let std::task::Poll::Ready(value) = future.as_mut().poll(context)
-            {
-                *slot = Some(value);
-            }
-        }
-        if done.iter().all(Option::is_some) {
-            std::task::Poll::Ready(done.drain(..).flatten().collect())
-        } else {
-            std::task::Poll::Pending
-        }
-    })
-    .await
+    let late = late.await.unwrap();
+    let (ran, id) = late.text().trim().split_once('\n').unwrap();
+    assert!(ran.parse::<u128>().unwrap() >= before.as_nanos());
+    assert_eq!(id, text(&guest, MACHINE_ID).await.trim());
 }
 
 #[tokio::test]
@@ -267,6 +247,37 @@ async fn when_a_step_fails_nothing_goes_on() {
 }
 
 #[tokio::test]
+async fn a_program_that_cannot_stop_is_told_of_and_all_go_on() {
+    if !Path::new("/dev/fuse").exists() {
+        // Nothing else makes a program wait for as long as a test likes.
+        return;
+    }
+    let guest = Guest::start_as_init().await;
+    // A filesystem that nobody serves: what asks it sleeps, and hears SIGKILL only.
+    let line = "exec 3<>/dev/fuse; mkdir /mnt; \
+                mount -i -t fuse -o fd=3,rootmode=40000,user_id=0,group_id=0 none /mnt; \
+                echo mounted; stat /mnt/file";
+    let mut stuck = guest.exec(sh(line)).await.unwrap();
+    assert_eq!(stuck.event().await, Event::Stdout("mounted\n".into()));
+    let state = "ps -o stat= -C stat";
+    while !guest.sh(state).await.text().contains('D') {}
+
+    let (suspended, ()) = tokio::join!(suspend(&guest), async {
+        // The agent serves on while it waits.
+        assert_eq!(guest.health().await.running_processes, 1);
+    });
+    let status = suspended.unwrap_err();
+    assert_eq!(status.code(), Code::FailedPrecondition);
+    assert_eq!(reason(&status).0, "NOT_SUSPENDED");
+    assert_eq!(guest.sh("echo on").await.text(), "on\n");
+
+    drop(stuck);
+    until(|| guest.cgroup_event("populated") == Some(false)).await;
+    suspend(&guest).await.unwrap();
+    configure(&guest, new_identity()).await.unwrap();
+}
+
+#[tokio::test]
 async fn a_suspended_guest_turns_off() {
     let mut guest = Guest::start_as_init().await;
     guest.sh("setsid sleep 1000 >/dev/null 2>&1 &").await;
@@ -279,10 +290,7 @@ async fn a_suspended_guest_turns_off() {
     });
     assert_eq!(reason(&waiting.unwrap_err()).0, "STOPPING");
     assert_eq!(finished.unwrap().signal(), 9);
-    assert_eq!(
-        std::os::unix::process::ExitStatusExt::signal(&guest.ended().await),
-        Some(2)
-    );
+    assert_eq!(guest.ended().await.signal(), Some(2));
 }
 
 #[tokio::test]

@@ -6,7 +6,8 @@
 //!
 //! The folder above them stops and goes on with all of them at once: the cgroup v2
 //! freezer, under "cgroup.freeze" in the kernel's admin-guide/cgroup-v2.rst. What
-//! it stops hears no signal but SIGKILL.
+//! it stops hears no signal but SIGKILL. What root in the guest moves out of the
+//! folder is neither killed nor stopped.
 
 use std::fs::{self, File};
 use std::io;
@@ -77,24 +78,17 @@ impl Cgroups {
     }
 
     /// Stops every process in all of them, those that are being forked, and those
-    /// that are born into one later. Returns when all have stopped; undoes it when
-    /// they do not in their time (TimedOut), and on any other error.
+    /// that are born into one later; all of it stays until [`Self::thaw`], also when
+    /// it fails. Returns when all have stopped, or have not in their time (TimedOut).
     pub(crate) async fn freeze(&self) -> io::Result<()> {
         // As for `make`: root in the guest may have removed it.
         fs::create_dir_all(&self.parent)?;
         // First, for it proves that this is still a cgroup.
         let events = File::open(self.parent.join("cgroup.events"))?;
-        let frozen = async {
-            fs::write(self.parent.join("cgroup.freeze"), "1")?;
-            wait_until_frozen(&events).await
-        };
-        let frozen = timeout(FREEZE_PATIENCE, frozen).await;
-        let frozen = frozen.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()));
-        if frozen.is_err() {
-            // The first error says more.
-            let _ = self.thaw();
-        }
-        frozen
+        fs::write(self.parent.join("cgroup.freeze"), "1")?;
+        timeout(FREEZE_PATIENCE, wait_until_frozen(&events))
+            .await
+            .unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))
     }
 
     /// Lets every process go on. Nothing is to be done where none was stopped.

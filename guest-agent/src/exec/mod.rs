@@ -86,7 +86,8 @@ impl Processes {
         // start that is under way meanwhile has its child stopped with the others.
         self.suspended.send_replace(true);
         cgroups.freeze().await.map_err(|error| {
-            self.suspended.send_replace(false);
+            // Where this fails, too, they wait for the next Configure.
+            let _ = self.resume();
             match error.kind() {
                 io::ErrorKind::TimedOut => SuspendError::TimedOut,
                 _ => SuspendError::Freeze(error),

@@ -89,11 +89,11 @@ impl TryFrom<ConfigureRequest> for Identity {
 }
 
 impl Identity {
-    /// Makes the guest be this; one that has never been anybody is `nobody`, and
-    /// becomes somebody in any case. Entropy first, because the ids are made of it;
-    /// the clock last: the files should not delay it. Can be repeated, also after
-    /// it has failed half-way.
-    pub(crate) fn assume(&self, nobody: bool) -> Result<(), AssumeError> {
+    /// Makes the guest be this; the `first` time with ids of its own in any case,
+    /// since the template has none. Entropy before them, because they are made of
+    /// it; the clock last: the files should not delay it. Can be repeated, also
+    /// after it has failed half-way.
+    pub(crate) fn assume(&self, first: bool) -> Result<(), AssumeError> {
         let error = |what| move |source| AssumeError { what, source };
         if !self.entropy.is_empty() {
             seed(&self.entropy).map_err(error("entropy"))?;
@@ -101,7 +101,7 @@ impl Identity {
         if let Some(hostname) = &self.hostname {
             take_name(hostname).map_err(error("hostname"))?;
         }
-        if self.is_new || nobody {
+        if self.is_new || first {
             take_machine_id().map_err(error("machine-id"))?;
             take_boot_id().map_err(error("boot id"))?;
         }
@@ -167,7 +167,7 @@ fn is_hostname(name: &str) -> bool {
 /// what else is in it is somebody's, and need not be UTF-8.
 fn with_own_name(hosts: &[u8], hostname: &str) -> Vec<u8> {
     let is_own = |line: &&[u8]| {
-        let mut words = line.split(|byte| byte.is_ascii_whitespace());
+        let mut words = line.split(u8::is_ascii_whitespace);
         words.find(|word| !word.is_empty()) == Some(OWN_ADDRESS.as_bytes())
     };
     let own = format!("{OWN_ADDRESS} {hostname}\n");
