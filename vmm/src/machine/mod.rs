@@ -297,6 +297,15 @@ impl Machine {
         Ok(started_at_ns)
     }
 
+    /// Ends the vCPUs, for good.
+    pub fn stop(&mut self) {
+        // All are asked before any is waited for.
+        for vcpu in &self.vcpus {
+            vcpu.ask_to_stop();
+        }
+        self.vcpus.clear();
+    }
+
     pub fn devices(&self) -> &[DeviceSlot] {
         &self.devices
     }
@@ -358,10 +367,7 @@ impl Machine {
 
 impl Drop for Machine {
     fn drop(&mut self) {
-        // All are asked before any is waited for.
-        for vcpu in &self.vcpus {
-            vcpu.ask_to_stop();
-        }
+        self.stop();
     }
 }
 
