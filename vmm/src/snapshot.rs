@@ -24,7 +24,11 @@ use std::os::unix::fs::FileExt;
 
 use crc::{CRC_64_XZ, Crc, Table};
 
-use crate::machine::state::MachineState;
+use crate::machine::state::{MAX_RUNS, MachineState};
+
+pub(crate) mod list;
+#[cfg(test)]
+pub(crate) mod tests;
 
 const MAGIC: [u8; 8] = *b"SBXSNAPS";
 const FORMAT_VERSION: u32 = 1;
@@ -32,9 +36,9 @@ const FORMAT_VERSION: u32 = 1;
 const EM_X86_64: u32 = 62;
 const HEADER_BYTES: usize = 40;
 
-/// The longest state: 32 vCPUs of less than 32 KiB each, and a map of memory
-/// that no host would take.
-const STATE_MAX_BYTES: u64 = 64 << 20;
+/// The longest state: 32 vCPUs of less than 32 KiB each, and the longest map of
+/// memory ([`MAX_RUNS`]) at less than 12 bytes a run.
+const STATE_MAX_BYTES: u64 = 16 << 20;
 
 static CRC: Crc<u64, Table<16>> = Crc::<u64, Table<16>>::new(&CRC_64_XZ);
 
@@ -45,6 +49,10 @@ pub enum SnapshotError {
         "the snapshot is truncated: {actual} bytes of {expected}; restore it from where it was made"
     )]
     Truncated { actual: u64, expected: u64 },
+    #[error(
+        "the snapshot has {actual} bytes, but only {expected} are its own; restore it from where it was made"
+    )]
+    Trailing { actual: u64, expected: u64 },
     #[error("the file is not a snapshot: its magic is {0:02x?}")]
     Magic([u8; 8]),
     #[error(
@@ -57,6 +65,10 @@ pub enum SnapshotError {
     Checksum(&'static str),
     #[error("the snapshot's state does not decode; restore it from where it was made")]
     Decode(#[source] postcard::Error),
+    #[error(
+        "memory is in {0} pieces, more than the {MAX_RUNS} that a snapshot can have; keep fewer layers"
+    )]
+    Fragmented(usize),
     #[error("the snapshot's state does not encode")]
     Encode(#[source] postcard::Error),
     #[error("the snapshot could not be read or written")]
@@ -65,6 +77,11 @@ pub enum SnapshotError {
 
 /// Writes a state to an empty file.
 pub fn write(file: &File, state: &MachineState) -> Result<(), SnapshotError> {
+    // What would be refused when it is read is not written.
+    let runs = state.memory.runs.len();
+    if runs > MAX_RUNS {
+        return Err(SnapshotError::Fragmented(runs));
+    }
     let mut bytes = vec![0; HEADER_BYTES];
     bytes = postcard::to_extend(state, bytes).map_err(SnapshotError::Encode)?;
     let (header, body) = bytes.split_at_mut(HEADER_BYTES);
@@ -92,6 +109,9 @@ pub fn read(file: &File) -> Result<MachineState, SnapshotError> {
     let expected = HEADER_BYTES as u64 + length;
     if actual < expected {
         return Err(truncated(expected));
+    }
+    if actual > expected {
+        return Err(SnapshotError::Trailing { actual, expected });
     }
     let mut body = vec![0; length as usize];
     file.read_exact_at(&mut body, HEADER_BYTES as u64)

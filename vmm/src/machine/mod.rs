@@ -36,6 +36,8 @@ pub mod layout;
 mod save;
 mod shape;
 pub mod state;
+#[cfg(test)]
+pub(crate) mod tests;
 
 pub use frame::{Frame, Wire};
 pub use save::{SaveError, SnapshotFiles};

@@ -1,16 +1,30 @@
 //! What a snapshot holds of a machine: plain data, from an untrusted file.
 
+use std::mem::offset_of;
+
 use kvm_bindings::{
-    KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, kvm_clock_data,
-    kvm_cpuid_entry2, kvm_irqchip,
+    KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, KVM_MAX_CPUID_ENTRIES,
+    kvm_clock_data, kvm_cpuid_entry2, kvm_ioapic_state, kvm_irqchip, kvm_pic_state,
 };
 use kvm_ioctls::VmFd;
 use serde::{Deserialize, Serialize};
 
 use super::kvm::{KvmError, refused};
+use super::layout::MAX_VIRTIO_DEVICES;
+use crate::config::VCPU_COUNT;
 use crate::devices::DeviceState;
 use crate::memory::runs::Run;
+use crate::snapshot::list::at_most;
 use crate::vcpu::state::VcpuState;
+
+/// The most runs of memory: more mappings than a host lets a process have, were
+/// vm.max_map_count sixteen times its default.
+pub const MAX_RUNS: usize = 1 << 20;
+
+const MAX_VCPUS: usize = *VCPU_COUNT.end() as usize;
+
+/// The most devices: the virtio devices, and serial, power, panic, generation.
+const MAX_DEVICES: usize = MAX_VIRTIO_DEVICES + 4;
 
 /// A machine that stands still. Fields are numbered by their order: a change
 /// here is a new format version ([`crate::snapshot`]).
@@ -21,11 +35,14 @@ pub struct MachineState {
     pub memory: MemoryState,
     /// For each disk, the frozen layers it is read through, the snapshot's own
     /// last.
+    #[serde(deserialize_with = "at_most::<MAX_VIRTIO_DEVICES, _, _>")]
     pub disk_layers: Vec<u32>,
     pub vm: VmState,
     /// By their number.
+    #[serde(deserialize_with = "at_most::<MAX_VCPUS, _, _>")]
     pub vcpus: Vec<VcpuState>,
     /// In the order of the machine's list.
+    #[serde(deserialize_with = "at_most::<MAX_DEVICES, _, _>")]
     pub devices: Vec<NamedDevice>,
 }
 
@@ -43,6 +60,7 @@ pub struct CpuProfile {
     /// How it was made: which rules of [`crate::vcpu::cpuid`].
     pub name: String,
     /// Before each vCPU's topology is put in.
+    #[serde(deserialize_with = "at_most::<KVM_MAX_CPUID_ENTRIES, _, _>")]
     pub cpuid: Vec<kvm_cpuid_entry2>,
 }
 
@@ -51,6 +69,7 @@ pub struct MemoryState {
     /// Files that memory is mapped from, the snapshot's own last.
     pub layers: u32,
     /// What is not in the root.
+    #[serde(deserialize_with = "at_most::<MAX_RUNS, _, _>")]
     pub runs: Vec<Run>,
 }
 
@@ -69,8 +88,13 @@ pub struct NamedDevice {
     pub state: DeviceState,
 }
 
+// The codec writes these as they lie in memory: their layout is the format.
 const _: () = {
     assert!(size_of::<kvm_irqchip>() == 520);
+    assert!(size_of::<kvm_pic_state>() == 16 && size_of::<kvm_ioapic_state>() == 216);
+    assert!(offset_of!(kvm_irqchip, chip_id) == 0 && offset_of!(kvm_irqchip, chip) == 8);
+    assert!(offset_of!(kvm_clock_data, clock) == 0);
+    assert!(offset_of!(kvm_cpuid_entry2, eax) == 12 && offset_of!(kvm_cpuid_entry2, edx) == 24);
     assert!(size_of::<kvm_clock_data>() == 48);
     assert!(size_of::<kvm_cpuid_entry2>() == 40);
 };

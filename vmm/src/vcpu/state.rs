@@ -1,14 +1,17 @@
 //! All that KVM knows of a vCPU, saved and put back (Documentation/virt/kvm/api.rst).
 
+use std::mem::offset_of;
+
 use kvm_bindings::{
-    CpuId, Msrs, Xsave, kvm_debugregs, kvm_lapic_state, kvm_mp_state, kvm_msr_entry, kvm_regs,
-    kvm_sregs, kvm_vcpu_events, kvm_xcrs,
+    CpuId, Msrs, Xsave, kvm_debugregs, kvm_dtable, kvm_lapic_state, kvm_mp_state, kvm_msr_entry,
+    kvm_regs, kvm_segment, kvm_sregs, kvm_vcpu_events, kvm_xcr, kvm_xcrs, kvm_xsave,
 };
 use kvm_ioctls::VcpuFd;
 use serde::{Deserialize, Serialize};
 
 use super::xsave;
 use crate::machine::kvm::{KvmError, refused};
+use crate::snapshot::list::at_most;
 
 const MSR_IA32_TSC: u32 = 0x10;
 const MSR_IA32_TSC_DEADLINE: u32 = 0x6e0;
@@ -16,6 +19,10 @@ const MSR_IA32_TSC_DEADLINE: u32 = 0x6e0;
 /// MSRs that KVM_GET_MSRS takes at once (KVM_MAX_MSR_ENTRIES in
 /// arch/x86/kvm/x86.c).
 const MSR_BATCH: usize = 256;
+
+/// The most that a state may have of either: several times what any CPU has.
+const MAX_MSRS: usize = 4096;
+const MAX_XSAVE_WORDS: usize = 1 << 14;
 
 /// A vCPU. Its CPUID is the machine's, with a topology that its number decides.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -25,11 +32,13 @@ pub struct VcpuState {
     pub sregs: kvm_sregs,
     /// The XSAVE area (Intel SDM, volume 1, section 13.4), as large as this host
     /// makes it (KVM_CAP_XSAVE2), in 32-bit words.
+    #[serde(deserialize_with = "at_most::<MAX_XSAVE_WORDS, _, _>")]
     pub xsave: Vec<u32>,
     pub xcrs: kvm_xcrs,
     pub debug_regs: kvm_debugregs,
     pub lapic: kvm_lapic_state,
     /// Index and value, in the order in which they are to be set.
+    #[serde(deserialize_with = "at_most::<MAX_MSRS, _, _>")]
     pub msrs: Vec<(u32, u64)>,
     pub events: kvm_vcpu_events,
     pub tsc_khz: u32,
@@ -40,10 +49,20 @@ const _: () = {
     assert!(size_of::<kvm_mp_state>() == 4);
     assert!(size_of::<kvm_regs>() == 144);
     assert!(size_of::<kvm_sregs>() == 312);
+    assert!(size_of::<kvm_segment>() == 24 && size_of::<kvm_dtable>() == 16);
     assert!(size_of::<kvm_xcrs>() == 392);
     assert!(size_of::<kvm_debugregs>() == 128);
     assert!(size_of::<kvm_lapic_state>() == 1024);
     assert!(size_of::<kvm_vcpu_events>() == 64);
+    assert!(size_of::<kvm_xcr>() == 16);
+    // Each of these is the last field that is not padding.
+    assert!(offset_of!(kvm_regs, rflags) == 136);
+    assert!(offset_of!(kvm_sregs, interrupt_bitmap) == 280);
+    assert!(offset_of!(kvm_xcrs, xcrs) == 8);
+    assert!(offset_of!(kvm_debugregs, flags) == 48);
+    assert!(offset_of!(kvm_vcpu_events, exception_payload) == 56);
+    // The XSAVE area is no structure here, but of words in KVM's order.
+    assert!(size_of::<kvm_xsave>() == 4096);
 };
 
 #[derive(Debug, thiserror::Error)]

@@ -442,6 +442,11 @@ impl Device for VirtioMmio {
                 "the driver accepted features that the device lacks".into(),
             ));
         }
+        if state.activated && state.status & VIRTIO_CONFIG_S_DRIVER_OK == 0 {
+            return Err(StateError::Chip(
+                "it is in use, though its driver never said that it is ready".into(),
+            ));
+        }
         self.queues = self.saved_queues(&state)?;
         self.status = state.status;
         self.features_select = state.features_select;
