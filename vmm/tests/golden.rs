@@ -69,7 +69,7 @@ fn unpack(snapshot: &[u8], memory: &[u8]) -> Result<TempDir> {
     for (at, page) in (0u64..)
         .step_by(PAGE_BYTES)
         .zip(memory.chunks(PAGE_BYTES))
-        .filter(|(_, page)| page.iter().any(|&byte| byte != 0))
+        .filter(|(_, page)| *page != [0; PAGE_BYTES])
     {
         file.write_all_at(page, at)?;
     }
