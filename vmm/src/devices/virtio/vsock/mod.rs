@@ -48,6 +48,13 @@ pub const HOST_CID: u64 = 2;
 /// Connections of a guest, those being closed included. One more gets RST.
 pub const MAX_CONNECTIONS: usize = 1023;
 
+/// Spare connections at a time.
+pub const MAX_SPARES: usize = 16;
+
+/// What a snapshot keeps of the bytes that a guest has sent on a spare
+/// connection. One with more is lost to clones.
+const MAX_UNREAD_BYTES: usize = 64 * 1024;
+
 /// Clients that have not finished writing their CONNECT line. More wait in the
 /// listener's backlog.
 const MAX_HANDSHAKES: usize = 64;
@@ -110,7 +117,8 @@ pub struct Ports {
 pub struct SpareState {
     pub ports: Ports,
     pub credit: CreditState,
-    /// What the guest has sent, and the host has yet to read.
+    /// What the guest has sent, and the host has yet to read: first what
+    /// `credit` counts as forwarded, then all that it does not.
     pub unread: Vec<u8>,
 }
 

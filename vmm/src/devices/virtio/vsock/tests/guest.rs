@@ -9,13 +9,13 @@ use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use tempfile::TempDir;
-use virtio_queue::{Queue, QueueT};
+use virtio_queue::{Queue, QueueState, QueueT};
 use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::super::packet::{HEADER_LEN, Header, Key, Op, TYPE_STREAM};
-use super::super::{Admission, GuestConnection, HOST_CID, Vsock, VsockConfig};
-use crate::devices::virtio::{Activation, Interrupt, VirtioDevice};
+use super::super::{Admission, GuestConnection, HOST_CID, Spare, Vsock, VsockConfig, VsockState};
+use crate::devices::virtio::{Activation, ChipState, Interrupt, VirtioDevice};
 use crate::memory::GuestMemory;
 
 pub(super) const GUEST_CID: u64 = 42;
@@ -35,11 +35,22 @@ const TX_SLOTS: u16 = 128;
 
 /// One queue as the driver sees it: descriptor `i` belongs to buffer `i`, unless
 /// a test makes chains of its own.
+#[derive(Clone, Copy)]
 struct DriverQueue {
     base: u64,
     next_avail: u16,
     next_used: u16,
     event_idx: bool,
+}
+
+/// A guest as a snapshot keeps it.
+pub(super) struct Saved {
+    pub(super) state: VsockState,
+    memory: Vec<u8>,
+    queues: Vec<QueueState>,
+    driver_queues: [DriverQueue; 3],
+    held_rx: Vec<u16>,
+    features: u64,
 }
 
 pub(super) struct Guest {
@@ -50,8 +61,10 @@ pub(super) struct Guest {
     queues: [DriverQueue; 3],
     features: u64,
     directory: TempDir,
-    /// Buffers that the driver gives back after it has read them.
+    /// The driver gives back RX buffers when it has read them.
     pub(super) refill: bool,
+    /// Those that it has not given back.
+    held_rx: Vec<u16>,
     /// Every buffer of payload received, in order.
     pub(super) received: VecDeque<(Header, Vec<u8>)>,
 }
@@ -185,6 +198,7 @@ impl Guest {
             features,
             directory,
             refill: true,
+            held_rx: Vec::new(),
             received: VecDeque::new(),
         }
     }
@@ -210,6 +224,7 @@ impl Guest {
             .write_slice(&[0; 0x4_0000], GuestAddress(0))
             .unwrap();
         self.queues = Self::driver_queues(self.features);
+        self.held_rx.clear();
         self.device
             .activate(Activation {
                 memory: self.memory.clone(),
@@ -220,10 +235,127 @@ impl Guest {
             .unwrap();
     }
 
+    // --- Pauses and snapshots, as the transport makes them ---
+
+    pub(super) fn quiesce(&mut self) -> Vec<QueueState> {
+        let queues = self.device.quiesce();
+        assert_eq!(queues.len(), Vsock::QUEUES);
+        queues.iter().map(Queue::state).collect()
+    }
+
+    pub(super) fn resume(&mut self, queues: Vec<QueueState>) {
+        let queues = queues.into_iter().map(|state| state.try_into().unwrap());
+        self.device
+            .activate(Activation {
+                memory: self.memory.clone(),
+                queues: queues.collect(),
+                interrupt: self.interrupt.clone(),
+                features: self.features,
+            })
+            .unwrap();
+        for queue in 0..Vsock::QUEUES {
+            self.device.queue_notified(queue);
+        }
+    }
+
+    /// All that the device may write to.
+    pub(super) fn shared_memory(&self) -> Vec<u8> {
+        let mut bytes = vec![0; usize::try_from(TX_BUFFERS).unwrap()];
+        self.memory.read_slice(&mut bytes, GuestAddress(0)).unwrap();
+        bytes
+    }
+
+    /// Takes a snapshot; the guest goes on.
+    pub(super) fn save(&mut self) -> Saved {
+        let queues = self.quiesce();
+        let ChipState::Vsock(state) = self.device.save() else {
+            panic!("the state of another chip");
+        };
+        let state = postcard::to_extend(&state, Vec::new()).unwrap();
+        let mut memory = vec![0; MEMORY_LEN];
+        self.memory
+            .read_slice(&mut memory, GuestAddress(0))
+            .unwrap();
+        let saved = Saved {
+            state: postcard::from_bytes(&state).unwrap(),
+            memory,
+            queues: queues.clone(),
+            driver_queues: self.queues,
+            held_rx: self.held_rx.clone(),
+            features: self.features,
+        };
+        self.resume(queues);
+        saved
+    }
+
+    /// A clone that has yet to be resumed, and its spare connections.
+    pub(super) fn restored(saved: &Saved) -> (Self, Vec<Spare>) {
+        let mut guest = Self::inactive();
+        guest.features = saved.features;
+        guest.queues = saved.driver_queues;
+        guest.held_rx.clone_from(&saved.held_rx);
+        guest
+            .memory
+            .write_slice(&saved.memory, GuestAddress(0))
+            .unwrap();
+        let state = ChipState::Vsock(saved.state.clone());
+        guest.device.restore(state).unwrap();
+        let spares = guest.device.take_spares();
+        assert!(guest.device.take_spares().is_empty());
+        (guest, spares)
+    }
+
+    /// A clone that runs, and the host's ends of its spare connections.
+    pub(super) fn clone_of(saved: &Saved) -> (Self, Vec<UnixStream>) {
+        let (mut guest, spares) = Self::restored(saved);
+        guest.resume(saved.queues.clone());
+        let streams = spares.into_iter().map(|spare| spare.stream.into());
+        (guest, streams.collect())
+    }
+
+    pub(super) fn resume_as(&mut self, saved: &Saved) {
+        self.resume(saved.queues.clone());
+    }
+
+    /// Spare connections that the guest has accepted.
+    pub(super) fn open_spares(&mut self, guest_port: u32, count: u32) -> Vec<Key> {
+        self.device.open_spares(guest_port, count).unwrap();
+        let answer = |_| {
+            let request = self.expect_op(Op::Request);
+            assert_eq!(request.dst_port, guest_port);
+            let key = Key {
+                host_port: request.src_port,
+                guest_port,
+            };
+            self.send(self.packet(key, Op::Response), &[]);
+            key
+        };
+        (0..count).map(answer).collect()
+    }
+
+    /// Sends a packet of data.
+    pub(super) fn send_data(&mut self, key: Key, payload: &[u8]) {
+        let mut header = self.packet(key, Op::Data);
+        header.len = u32::try_from(payload.len()).unwrap();
+        self.send(header, payload);
+    }
+
     /// Gives the device its first `count` RX buffers.
     pub(super) fn fill_rx(&mut self, count: u16) {
         let notify = (0..count).map(|i| self.offer_rx(i)).max() == Some(true);
         if notify {
+            self.device.queue_notified(0);
+        }
+    }
+
+    /// Gives the device all RX buffers that it has not got back, and from now on
+    /// each.
+    pub(super) fn offer_all_rx(&mut self) {
+        self.refill = true;
+        self.drain_rx();
+        let heads = std::mem::take(&mut self.held_rx);
+        let notify = heads.into_iter().map(|head| self.offer_rx(head)).max();
+        if notify == Some(true) {
             self.device.queue_notified(0);
         }
     }
@@ -360,6 +492,8 @@ impl Guest {
             }
             if self.refill {
                 notify |= self.offer_rx(head);
+            } else {
+                self.held_rx.push(head);
             }
         }
         if notify {

@@ -5,3 +5,5 @@ mod flow;
 mod guest;
 mod hostile;
 mod lifecycle;
+mod snapshot;
+mod spares;
