@@ -12,6 +12,9 @@
 //!  guest ◄─ rx queue ─── device ◄── muxer ◄── connection ◄── stream ◄── host
 //! ```
 //!
+//! Spare connections, which the device opens itself, go on in the clones of a
+//! machine. The clone's guest gets RST for all others that it had.
+//!
 //! Bytes move once in each direction: `sendmsg` from the guest's TX buffers,
 //! `recvmsg` into its RX buffers. Only what a slow host reader cannot take is
 //! copied, into a buffer bounded by the credit that the guest was given.

@@ -1,25 +1,14 @@
-//! Pauses, snapshots and clones.
+//! Snapshots, and the clones made from them.
 
 use std::io::{Read as _, Write as _};
-use std::os::fd::AsFd as _;
 use std::os::unix::net::UnixStream;
-use std::time::Duration;
-
-use proptest::prelude::*;
-use virtio_queue::QueueState;
 
 use super::super::packet::{Header, Key, Op};
-use super::super::{
-    BUF_ALLOC_BYTES, CreditState, MAX_CONNECTIONS, MAX_SPARES, MAX_UNREAD_BYTES, Ports,
-    SMALL_BUF_ALLOC_BYTES, SpareState, VsockState,
-};
-use super::flow::Socket;
-use super::guest::{GUEST_CID, Guest, QUEUE_SIZE, noise, read_line, read_now};
-use crate::devices::StateError;
+use super::super::{BUF_ALLOC_BYTES, CreditState, MAX_CONNECTIONS, MAX_UNREAD_BYTES, Ports};
+use super::guest::{Guest, QUEUE_SIZE, key_of, noise, read_now};
 use crate::devices::virtio::{ChipState, VirtioDevice as _};
 
 const PORT: u32 = 1024;
-const FIRST_HOST_PORT: u32 = 1 << 30;
 
 const KEY: Key = Key {
     host_port: 52,
@@ -35,10 +24,7 @@ fn resets(guest: &mut Guest) -> Vec<Key> {
     let resets = guest.received.drain(..).map(|(header, _)| {
         assert_eq!(header.op, Op::Reset as u16, "{header:?}");
         assert_eq!(header.src_cid, 2);
-        Key {
-            host_port: header.src_port,
-            guest_port: header.dst_port,
-        }
+        key_of(&header)
     });
     let mut resets: Vec<_> = resets.collect();
     resets.sort();
@@ -82,7 +68,7 @@ fn spare_goes_on_in_a_clone() {
         assert_eq!(read_now(stream), None);
         stream.write_all(b"request").unwrap();
         let (header, payload) = clone.expect();
-        assert_eq!(Key::from(ports_of(&header)), *key);
+        assert_eq!(key_of(&header), *key);
         assert_eq!(payload, b"request");
         clone.send_data(*key, b"answer");
         let mut answer = [0; 6];
@@ -98,13 +84,6 @@ fn spare_goes_on_in_a_clone() {
     drop(first);
     clone.expect_op(Op::Shutdown);
     assert_eq!(guest.counter("spares_open"), 2, "the parent has its own");
-}
-
-fn ports_of(header: &Header) -> Ports {
-    Ports {
-        host_port: header.src_port,
-        guest_port: header.dst_port,
-    }
 }
 
 #[test]
@@ -273,9 +252,9 @@ fn clone_is_told_that_all_else_is_lost() {
     guest.expect_op(Op::Shutdown);
     // Asked for, and not answered: one of them a spare one.
     let _asking = guest.dial("CONNECT 8\n");
-    let asked = ports_of(&guest.expect_op(Op::Request));
+    let asked = key_of(&guest.expect_op(Op::Request));
     guest.device.open_spares(PORT, 1).unwrap();
-    let spare_asked = ports_of(&guest.expect_op(Op::Request));
+    let spare_asked = key_of(&guest.expect_op(Op::Request));
     // A client whose request the guest has not seen, and RSTs that wait.
     guest.refill = false;
     fill_up(&mut guest, from_host);
@@ -310,8 +289,8 @@ fn clone_is_told_that_all_else_is_lost() {
         from_host,
         KEY,
         half_shut,
-        asked.into(),
-        spare_asked.into(),
+        asked,
+        spare_asked,
         stray,
         accepted,
     ];
@@ -371,7 +350,7 @@ fn credit_update_that_is_due_reaches_the_clone() {
     clone.settle();
     let update = clone.received.pop_back().unwrap().0;
     assert_eq!(update.op, Op::CreditUpdate as u16);
-    assert_eq!(ports_of(&update), Ports::from(keys[1]));
+    assert_eq!(key_of(&update), keys[1]);
     assert_eq!(update.fwd_cnt, BUF_ALLOC_BYTES / 4);
 }
 
@@ -445,453 +424,4 @@ fn lost_connections_and_new_answers_stay_bounded() {
     assert_eq!(clone.device.waiting(), 1024);
     clone.fill_rx(QUEUE_SIZE);
     assert_eq!(resets(&mut clone).len(), 1024);
-}
-
-// --- Pauses ---
-
-#[test]
-fn pause_loses_nothing_of_the_host() {
-    let mut guest = Guest::new();
-    let (key, mut client) = guest.open_from_host(5);
-    let (_, leaving) = guest.open_from_host(6);
-    let queues = guest.quiesce();
-    let before = guest.shared_memory();
-    client.write_all(b"while it slept").unwrap();
-    drop(leaving);
-    let mut newcomer = guest.dial("CONNECT 7\n");
-    // The edges come while nothing can be done about them.
-    while guest.source_is_ready() {
-        guest.device.source_ready(0);
-    }
-    guest.device.queue_notified(0);
-    guest.device.queue_notified(1);
-    guest.device.open_spares(PORT, 1).unwrap();
-    assert!(
-        guest.shared_memory() == before,
-        "it wrote to a paused guest"
-    );
-
-    guest.resume(queues);
-    guest.settle();
-    let mut requests = Vec::new();
-    for (header, payload) in std::mem::take(&mut guest.received) {
-        match Op::from_wire(header.op).unwrap() {
-            Op::Data => {
-                assert_eq!(Key::from(ports_of(&header)), key);
-                assert_eq!(payload, b"while it slept");
-            }
-            Op::Shutdown => assert_eq!(header.dst_port, 6),
-            Op::Request => requests.push(Key::from(ports_of(&header))),
-            other => panic!("{other:?}"),
-        }
-    }
-    assert_eq!(
-        requests
-            .iter()
-            .map(|key| key.guest_port)
-            .collect::<Vec<_>>(),
-        [7, PORT]
-    );
-    guest.send(guest.packet(requests[0], Op::Response), &[]);
-    assert!(read_line(&mut newcomer).unwrap().starts_with("OK "));
-}
-
-/// As long as the device gives a guest to answer, and some.
-#[test]
-fn pause_is_not_counted_against_the_guest() {
-    let mut guest = Guest::new();
-    let mut client = guest.dial("CONNECT 7\n");
-    let key = Key::from(ports_of(&guest.expect_op(Op::Request)));
-    let mut slow = guest.dial("CONN");
-    guest.settle();
-    let queues = guest.quiesce();
-    std::thread::sleep(Duration::from_millis(5500));
-    guest.resume(queues);
-    slow.write_all(b"ECT 8\n").unwrap();
-    guest.expect_op(Op::Request);
-    guest.send(guest.packet(key, Op::Response), &[]);
-    assert_eq!(
-        read_line(&mut client).unwrap(),
-        format!("OK {}\n", key.host_port)
-    );
-    assert_eq!(guest.counter("handshakes_refused"), 0);
-
-    // A machine that stays paused has its event loop sleep.
-    let _asking = guest.dial("CONNECT 7\n");
-    guest.settle();
-    let queues = guest.quiesce();
-    std::thread::sleep(Duration::from_millis(5500));
-    while guest.source_is_ready() {
-        guest.device.source_ready(0);
-    }
-    std::thread::sleep(Duration::from_millis(100));
-    assert!(!guest.source_is_ready());
-    // And those that do not answer afterwards are given up all the same.
-    guest.resume(queues);
-    guest.wait_for(|guest| (guest.counter("connections_open") == 1).then_some(()));
-}
-
-#[derive(Clone, Copy, Debug)]
-enum Step {
-    /// The host writes, or reads, up to so many bytes.
-    Write(usize),
-    Read(usize),
-    /// The guest sends, with or without a notification.
-    Send(usize, bool),
-    Take,
-    Turn,
-    Quiesce,
-    Resume,
-    Refill(bool),
-}
-
-fn step() -> impl Strategy<Value = Step> {
-    prop_oneof![
-        (1..100_000usize).prop_map(Step::Write),
-        (1..200_000usize).prop_map(Step::Read),
-        (1..65_000usize, any::<bool>()).prop_map(|(len, notify)| Step::Send(len, notify)),
-        Just(Step::Take),
-        Just(Step::Turn),
-        Just(Step::Quiesce),
-        Just(Step::Resume),
-        any::<bool>().prop_map(Step::Refill),
-    ]
-}
-
-/// One stream between a guest and its host, with all that has gone into it.
-struct Talk {
-    guest: Guest,
-    client: UnixStream,
-    socket: Socket,
-    data: Vec<u8>,
-    written: usize,
-    sent: usize,
-    read: Vec<u8>,
-    /// The queues and memory of a guest that stands still.
-    paused: Option<(Vec<QueueState>, Vec<u8>)>,
-}
-
-// === impl Talk ===
-
-impl Talk {
-    fn new() -> Self {
-        let mut guest = Guest::new();
-        let (key, client) = guest.open_from_host(5);
-        client.set_nonblocking(true).unwrap();
-        let mut socket = Socket::new(key, 50_000);
-        socket.learn_credit(&mut guest);
-        Self {
-            guest,
-            client,
-            socket,
-            data: noise(1 << 20),
-            written: 0,
-            sent: 0,
-            read: Vec::new(),
-            paused: None,
-        }
-    }
-
-    fn play(&mut self, step: Step) {
-        let runs = self.paused.is_none();
-        match step {
-            Step::Write(len) => {
-                let end = self.data.len().min(self.written + len);
-                let more = &self.data[self.written..end];
-                self.written += self.client.write(more).unwrap_or(0);
-            }
-            Step::Read(len) => {
-                let mut bytes = vec![0; len];
-                let len = self.client.read(&mut bytes).unwrap_or(0);
-                self.read.extend(&bytes[..len]);
-            }
-            Step::Send(len, notify) if runs => {
-                if self.guest.tx_in_flight() > 100 {
-                    self.guest.device.queue_notified(1);
-                }
-                let end = self.data.len().min(self.sent + len);
-                let more = &self.data[self.sent..end];
-                self.sent += if notify {
-                    self.socket.send(&mut self.guest, more)
-                } else {
-                    self.socket.queue(&mut self.guest, more)
-                };
-            }
-            Step::Take if runs => self.take(),
-            Step::Turn if runs => {
-                self.guest.turn();
-            }
-            Step::Turn if self.guest.source_is_ready() => self.guest.device.source_ready(0),
-            Step::Quiesce if runs => {
-                let queues = self.guest.quiesce();
-                self.paused = Some((queues, self.guest.shared_memory()));
-            }
-            Step::Resume => {
-                if let Some((queues, memory)) = self.paused.take() {
-                    assert!(self.guest.shared_memory() == memory);
-                    self.guest.resume(queues);
-                }
-            }
-            Step::Refill(refill) if runs => {
-                self.guest.refill = refill;
-                if refill {
-                    self.guest.offer_all_rx();
-                }
-            }
-            Step::Send(..) | Step::Take | Step::Turn | Step::Quiesce | Step::Refill(_) => {}
-        }
-    }
-
-    fn take(&mut self) {
-        if self.guest.tx_in_flight() > 100 {
-            self.guest.device.queue_notified(1);
-        }
-        self.socket.take(&mut self.guest);
-    }
-
-    /// Lets all that is on its way arrive.
-    fn finish(&mut self) {
-        self.play(Step::Resume);
-        self.play(Step::Refill(true));
-        self.guest.device.queue_notified(1);
-        for _ in 0..100_000 {
-            if self.read.len() == self.sent && self.socket.received.len() == self.written {
-                break;
-            }
-            self.play(Step::Turn);
-            self.play(Step::Take);
-            self.play(Step::Read(200_000));
-        }
-        assert!(self.read == self.data[..self.sent], "to the host");
-        assert!(
-            self.socket.received == self.data[..self.written],
-            "to the guest"
-        );
-        assert_eq!(self.guest.counter("connections_open"), 1);
-        assert_eq!(self.guest.counter("connections_reset"), 0);
-        assert_eq!(self.guest.counter("invalid_packets"), 0);
-    }
-}
-
-proptest! {
-    #![proptest_config(ProptestConfig {
-        cases: 60,
-        failure_persistence: None,
-        ..ProptestConfig::default()
-    })]
-
-    #[test]
-    fn pauses_disturb_no_stream(steps in prop::collection::vec(step(), 1..120)) {
-        let mut talk = Talk::new();
-        for step in steps {
-            talk.play(step);
-        }
-        talk.finish();
-    }
-}
-
-// --- Hostile states ---
-
-fn state() -> VsockState {
-    VsockState {
-        guest_cid: GUEST_CID,
-        next_host_port: FIRST_HOST_PORT + 1,
-        spares: vec![SpareState {
-            ports: Ports {
-                host_port: FIRST_HOST_PORT,
-                guest_port: PORT,
-            },
-            credit: CreditState {
-                buf_alloc_bytes: BUF_ALLOC_BYTES,
-                received: 3,
-                forwarded: 0,
-                announced: 0,
-                peer_buf_alloc_bytes: 1000,
-                sent: 0,
-                peer_forwarded: 0,
-            },
-            unread: b"abc".to_vec(),
-        }],
-        lost: ports(&[KEY]),
-    }
-}
-
-fn restore(state: VsockState) -> Result<Guest, StateError> {
-    let mut guest = Guest::inactive();
-    guest
-        .device
-        .restore(ChipState::Vsock(state))
-        .map(|()| guest)
-}
-
-#[test]
-fn states_that_no_device_has_are_refused() {
-    assert!(restore(state()).is_ok());
-    let changes: [(fn(&mut VsockState), &str); 13] = [
-        (|state| state.guest_cid = 43, "context id 43"),
-        (|state| state.next_host_port = 1, "1 is no port"),
-        (|state| state.next_host_port = 1 << 31, "is no port"),
-        (
-            |state| state.spares = vec![state.spares[0].clone(); MAX_SPARES + 1],
-            "17 spare connections",
-        ),
-        (
-            |state| state.lost = vec![KEY.into(); 1025],
-            "1025 lost connections",
-        ),
-        (|state| state.lost.push(KEY.into()), "two connections"),
-        (
-            |state| state.lost.push(state.spares[0].ports),
-            "two connections",
-        ),
-        (
-            |state| state.lost[0].guest_port = u32::MAX,
-            "no connection has",
-        ),
-        (
-            |state| state.spares[0].ports.host_port = u32::MAX,
-            "no connection has",
-        ),
-        (
-            |state| state.spares[0].ports.host_port = 52,
-            "does not connect from",
-        ),
-        (
-            |state| state.spares[0].unread = vec![0; MAX_UNREAD_BYTES + 1],
-            "65537 bytes wait",
-        ),
-        (
-            |state| state.spares[0].credit.received = 4,
-            "it holds 4 bytes",
-        ),
-        (
-            |state| state.spares[0].credit.buf_alloc_bytes = 0,
-            "promises 0 bytes",
-        ),
-    ];
-    for (change, words) in changes {
-        let mut state = state();
-        change(&mut state);
-        let Err(StateError::Chip(error)) = restore(state) else {
-            panic!("accepted, though {words}");
-        };
-        assert!(error.contains(words), "{error}");
-    }
-    let mut guest = Guest::inactive();
-    let other = guest.device.restore(ChipState::Rng);
-    assert!(matches!(other, Err(StateError::Kind)));
-}
-
-fn number() -> impl Strategy<Value = u32> {
-    prop_oneof![
-        4 => 0..300_000u32,
-        2 => FIRST_HOST_PORT..FIRST_HOST_PORT + 4,
-        1 => Just(SMALL_BUF_ALLOC_BYTES),
-        4 => Just(BUF_ALLOC_BYTES),
-        1 => Just(u32::MAX),
-        1 => any::<u32>(),
-    ]
-}
-
-fn any_ports(host_port: impl Strategy<Value = u32>) -> impl Strategy<Value = Ports> {
-    (host_port, number()).prop_map(|(host_port, guest_port)| Ports {
-        host_port,
-        guest_port,
-    })
-}
-
-fn any_spare() -> impl Strategy<Value = SpareState> {
-    let host_port = prop_oneof![9 => FIRST_HOST_PORT..FIRST_HOST_PORT + 100, 1 => number()];
-    let buf_alloc = prop_oneof![9 => Just(BUF_ALLOC_BYTES), 1 => number()];
-    (
-        any_ports(host_port),
-        (buf_alloc, number(), number()),
-        (number(), number(), number()),
-        prop_oneof![20 => 0..100usize, 1 => 0..70_000usize],
-        prop_oneof![9 => (0..100u32).prop_map(Some), 1 => Just(None)],
-    )
-        .prop_map(|(ports, receiving, sending, unread, held)| {
-            let (buf_alloc_bytes, forwarded, announced) = receiving;
-            let (peer_buf_alloc_bytes, sent, peer_forwarded) = sending;
-            let held = held.map_or(announced, |held| held.min(unread as u32));
-            SpareState {
-                ports,
-                credit: CreditState {
-                    buf_alloc_bytes,
-                    received: forwarded.wrapping_add(held),
-                    forwarded,
-                    announced,
-                    peer_buf_alloc_bytes,
-                    sent,
-                    peer_forwarded,
-                },
-                unread: vec![7; unread],
-            }
-        })
-}
-
-fn any_state() -> impl Strategy<Value = VsockState> {
-    (
-        prop_oneof![20 => Just(GUEST_CID), 1 => any::<u64>()],
-        prop_oneof![20 => FIRST_HOST_PORT..FIRST_HOST_PORT + 4, 1 => number()],
-        prop::collection::vec(any_spare(), 0..5),
-        prop::collection::vec(any_ports(number()), 0..5),
-    )
-        .prop_map(|(guest_cid, next_host_port, spares, lost)| VsockState {
-            guest_cid,
-            next_host_port,
-            spares,
-            lost,
-        })
-}
-
-proptest! {
-    #![proptest_config(ProptestConfig {
-        cases: 300,
-        failure_persistence: None,
-        ..ProptestConfig::default()
-    })]
-
-    /// Whatever a snapshot says, the device stands, and what it accepts is a
-    /// guest like any other.
-    #[test]
-    fn no_state_breaks_the_device(state in any_state(), data in 0..70_000usize) {
-        let Ok(mut guest) = restore(state.clone()) else {
-            return Ok(());
-        };
-        let spares = guest.device.take_spares();
-        prop_assert_eq!(spares.len(), state.spares.len());
-        guest.activate();
-        guest.fill_rx(QUEUE_SIZE);
-        let data = noise(data);
-        for (spare, saved) in spares.iter().zip(&state.spares) {
-            let unread = read_now(&spare.stream.try_clone().unwrap().into()).unwrap_or_default();
-            prop_assert_eq!(&unread, &saved.unread);
-            let flags = rustix::net::SendFlags::DONTWAIT;
-            let _ = rustix::net::send(spare.stream.as_fd(), &data, flags);
-            for chunk in data.chunks(60_000) {
-                guest.send_data(saved.ports.into(), chunk);
-            }
-        }
-        let _client = guest.dial("CONNECT 5\n");
-        guest.settle();
-        let rsts = guest.received.iter().filter(|(header, _)| header.op == Op::Reset as u16);
-        prop_assert!(rsts.count() >= state.lost.len());
-        for saved in &state.spares {
-            let port = saved.ports;
-            let given = guest.received.iter().filter(|(header, _)| ports_of(header) == port);
-            let given: u32 = given.map(|(header, _)| header.len).sum();
-            let credit = &saved.credit;
-            let in_flight = credit.sent.wrapping_sub(credit.peer_forwarded);
-            // The data that the guest has sent gave it a room of 256 KiB.
-            let room = credit.peer_buf_alloc_bytes.saturating_sub(in_flight);
-            prop_assert!(given <= room.max(256 << 10));
-        }
-        prop_assert!(guest.counter("connections_open") <= state.spares.len() as u64 + 1);
-        let buffered = guest.counter("buffered_bytes");
-        prop_assert!(buffered <= state.spares.len() as u64 * u64::from(BUF_ALLOC_BYTES));
-        prop_assert!(!guest.source_is_ready());
-        guest.device.reset();
-        prop_assert_eq!(guest.counter("connections_open"), 0);
-    }
 }
