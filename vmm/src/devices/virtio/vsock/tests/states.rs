@@ -55,8 +55,10 @@ fn restore(state: VsockState) -> Result<Guest, StateError> {
 
 #[test]
 fn states_that_no_device_has_are_refused() {
+    type Change = fn(&mut VsockState);
+
     assert!(restore(state()).is_ok());
-    let changes: [(fn(&mut VsockState), &str); 13] = [
+    let changes: [(Change, &str); 13] = [
         (|state| state.guest_cid = 43, "context id 43"),
         (|state| state.next_host_port = 1, "1 is no port"),
         (|state| state.next_host_port = 1 << 31, "is no port"),
