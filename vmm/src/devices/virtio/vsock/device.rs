@@ -13,7 +13,7 @@ use super::super::{
 use super::chain::Buffers;
 use super::muxer::{Muxer, Output};
 use super::packet::{HEADER_LEN, Header, Key};
-use super::{Spare, VsockConfig, VsockState};
+use super::{Spare, VsockConfig};
 use crate::devices::{Chip, StateError};
 use crate::memory::GuestMemory;
 
@@ -192,15 +192,23 @@ impl Vsock {
         written
     }
 
-    /// Asks the guest for connections that only a snapshot will use.
+    /// Asks the guest for `count` connections that only clones of this machine
+    /// will use. Those that it has accepted by then are part of every snapshot;
+    /// a reset of the driver ends them.
+    ///
+    /// `NotConnected` if the driver is not ready, `InvalidInput` for what is no
+    /// port or more than [`MAX_SPARES`](super::MAX_SPARES), `ResourceBusy` if
+    /// there would be too many together with those that exist.
     pub fn open_spares(&mut self, guest_port: u32, count: u32) -> io::Result<()> {
-        let _ = (guest_port, count);
-        Ok(())
+        let opened = self.muxer.open_spares(guest_port, count);
+        self.process_rx();
+        opened
     }
 
-    /// The host's ends of the spare connections that were restored, once.
+    /// The host's ends of the spare connections that were restored, once, in
+    /// the order of the state.
     pub fn take_spares(&mut self) -> Vec<Spare> {
-        Vec::new()
+        self.muxer.take_spares()
     }
 
     #[cfg(test)]
@@ -280,7 +288,10 @@ impl VirtioDevice for Vsock {
         self.active = None;
     }
 
+    /// Nothing is ever in flight but in the rings: what was not yet popped is
+    /// served when the transport notifies all queues again.
     fn quiesce(&mut self) -> Vec<Queue> {
+        self.muxer.pause();
         self.active
             .take()
             .map(|active| vec![active.rx, active.tx, active.event])
@@ -288,16 +299,14 @@ impl VirtioDevice for Vsock {
     }
 
     fn save(&self) -> ChipState {
-        ChipState::Vsock(VsockState {
-            guest_cid: self.muxer.guest_cid(),
-            next_host_port: 0,
-            spares: Vec::new(),
-            lost: Vec::new(),
-        })
+        ChipState::Vsock(self.muxer.save())
     }
 
-    fn restore(&mut self, _state: ChipState) -> Result<(), StateError> {
-        Ok(())
+    fn restore(&mut self, state: ChipState) -> Result<(), StateError> {
+        match state {
+            ChipState::Vsock(state) => self.muxer.restore(state),
+            _ => Err(StateError::Kind),
+        }
     }
 
     fn chip(&mut self) -> Chip<'_> {

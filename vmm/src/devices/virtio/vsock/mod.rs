@@ -12,6 +12,9 @@
 //!  guest ◄─ rx queue ─── device ◄── muxer ◄── connection ◄── stream ◄── host
 //! ```
 //!
+//! Spare connections, which the device opens itself, go on in the clones of a
+//! machine. The clone's guest gets RST for all others that it had.
+//!
 //! Bytes move once in each direction: `sendmsg` from the guest's TX buffers,
 //! `recvmsg` into its RX buffers. Only what a slow host reader cannot take is
 //! copied, into a buffer bounded by the credit that the guest was given.
@@ -47,6 +50,13 @@ pub const HOST_CID: u64 = 2;
 
 /// Connections of a guest, those being closed included. One more gets RST.
 pub const MAX_CONNECTIONS: usize = 1023;
+
+/// Spare connections at a time.
+pub const MAX_SPARES: usize = 16;
+
+/// What a snapshot keeps of the bytes that a guest has sent on a spare
+/// connection. One with more is lost to clones.
+const MAX_UNREAD_BYTES: usize = 64 * 1024;
 
 /// Clients that have not finished writing their CONNECT line. More wait in the
 /// listener's backlog.
@@ -110,7 +120,8 @@ pub struct Ports {
 pub struct SpareState {
     pub ports: Ports,
     pub credit: CreditState,
-    /// What the guest has sent, and the host has yet to read.
+    /// What the guest has sent, and the host has yet to read: first what
+    /// `credit` counts as forwarded, then all that it does not.
     pub unread: Vec<u8>,
 }
 
