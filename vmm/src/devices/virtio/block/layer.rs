@@ -13,8 +13,17 @@
 //! A set bit says that the block's data is durable. So a sync (a guest's flush)
 //! first makes the data durable, then writes the bits, then makes them durable.
 //! A crash at any moment leaves each block either as it was after the last sync
-//! or as it has been written since. A block whose bit was lost is, again, the
-//! base's: what its place in the file holds is never read.
+//! or as it has been written since. A block whose bit was lost is, again, that of
+//! the layer below: what its place in the file holds is never read.
+//!
+//! A freeze writes the bits but makes nothing durable, since a guest stands still
+//! meanwhile; the client does that before it names the snapshot. Between the two,
+//! a crash of the host may leave zeros in a block that the guest has never
+//! flushed. What it has flushed is safe.
+//!
+//! A frozen layer is never written again, and any number of monitors may read it.
+//! They take no lock: the kernel keeps a file's locks in one list that each new
+//! one is compared with, which a thousand clones would feel.
 
 use std::fs::File;
 use std::io;
@@ -32,7 +41,7 @@ const FORMAT_VERSION: u32 = 1;
 const HEADER_BYTES: usize = 32;
 const BITMAP_START: u64 = BLOCK_BYTES;
 
-/// A layer, checked and locked.
+/// A layer, checked; and locked, if it is or was a top layer here.
 #[derive(Debug)]
 pub(super) struct Layer {
     file: File,
@@ -66,8 +75,12 @@ pub(super) struct BitmapWrite {
 pub enum LayerError {
     #[error("the layer is not a regular file open for reading and writing; open it so")]
     Access,
+    #[error("the frozen layer is not a regular file open for reading only; open it so")]
+    FrozenAccess,
     #[error("another monitor uses the layer; give each disk a layer of its own")]
     InUse,
+    #[error("the file for a new layer has {0} bytes; pass an empty one")]
+    NotEmpty(u64),
     #[error("the file is not a layer: its magic is {0:02x?}; pass an empty file or a layer")]
     Magic([u8; 8]),
     #[error(
@@ -100,25 +113,24 @@ impl Layer {
     /// Takes an empty file, and makes a layer of it, or an existing layer of a
     /// disk of `size_bytes`, which has been validated by the caller.
     pub(super) fn open(file: File, size_bytes: u64) -> Result<Self, LayerError> {
-        let metadata = file.metadata().map_err(LayerError::Io)?;
-        let flags = fcntl_getfl(&file).map_err(io_error)?;
-        if !metadata.is_file() || flags & OFlags::ACCMODE != OFlags::RDWR {
-            return Err(LayerError::Access);
+        match lock(&file)? {
+            0 => Self::create(file, size_bytes),
+            file_bytes => Self::load(file, size_bytes, file_bytes),
         }
-        // A lock of the process, which ends with it. One of the open file, as
-        // flock(2) takes, would outlive a killed monitor for some milliseconds:
-        // the kernel tears down an io_uring in its own time, and that holds on
-        // to the file.
-        match fcntl_lock(&file, FlockOperation::NonBlockingLockExclusive) {
-            Ok(()) => {}
-            Err(Errno::AGAIN | Errno::ACCESS) => return Err(LayerError::InUse),
-            Err(errno) => return Err(io_error(errno)),
+    }
+
+    /// Makes a layer of an empty file.
+    pub(super) fn open_new(file: File, size_bytes: u64) -> Result<Self, LayerError> {
+        match lock(&file)? {
+            0 => Self::create(file, size_bytes),
+            file_bytes => Err(LayerError::NotEmpty(file_bytes)),
         }
-        if metadata.len() == 0 {
-            Self::create(file, size_bytes)
-        } else {
-            Self::load(file, size_bytes, metadata.len())
-        }
+    }
+
+    /// Takes a layer that others read too.
+    pub(super) fn open_frozen(file: File, size_bytes: u64) -> Result<Self, LayerError> {
+        let file_bytes = length(&file, OFlags::RDONLY)?.ok_or(LayerError::FrozenAccess)?;
+        Self::load(file, size_bytes, file_bytes)
     }
 
     /// Lays out an empty file. Nothing is synced: the first sync of data takes
@@ -209,8 +221,13 @@ impl Layer {
         }
         // The bits are copied now, since by the time they are written there may
         // be more of them, whose data the barrier before did not cover.
+        Some(self.bitmap_writes(&self.syncing))
+    }
+
+    /// What brings these pages of the bitmap to the file, in few pieces.
+    fn bitmap_writes(&self, pages: &[usize]) -> Vec<BitmapWrite> {
         let mut writes: Vec<BitmapWrite> = Vec::new();
-        for &page in &self.syncing {
+        for &page in pages {
             let offset = BITMAP_START + page as u64 * PAGE_BYTES as u64;
             match writes.last_mut() {
                 Some(write) if write.offset + write.bytes.len() as u64 == offset => {
@@ -222,7 +239,7 @@ impl Layer {
                 }),
             }
         }
-        Some(writes)
+        writes
     }
 
     /// The sync has ended, well or not.
@@ -242,6 +259,66 @@ impl Layer {
     /// Whether a sync has ever failed, after which none can be trusted.
     pub(super) fn has_failed(&self) -> bool {
         self.failed
+    }
+
+    /// Writes the bitmap as it is to the file, and makes nothing durable. Only
+    /// while no write and no sync is under way. If it fails, the next sync or the
+    /// next call has it all to do.
+    pub(super) fn write_bitmap(&mut self) -> io::Result<()> {
+        let pages = self.bitmap.take_dirty();
+        self.unsynced |= !pages.is_empty();
+        let mut writes = self.bitmap_writes(&pages).into_iter();
+        let written = writes
+            .try_for_each(|BitmapWrite { offset, bytes }| self.file.write_all_at(&bytes, offset));
+        if written.is_err() {
+            for page in pages {
+                self.bitmap.mark_dirty(page);
+            }
+        }
+        written
+    }
+
+    /// Whether the file holds what no sync of ours has made durable.
+    pub(super) fn is_unsynced(&self) -> bool {
+        self.unsynced
+    }
+
+    /// The file is durable as it is.
+    pub(super) fn set_synced(&mut self) {
+        self.unsynced = false;
+    }
+
+    /// Whether the file is as long as it has to be, or someone has cut it.
+    pub(super) fn check_length(&self) -> Result<(), LayerError> {
+        let actual = self.file.metadata().map_err(LayerError::Io)?.len();
+        let expected = self.layout.file_bytes();
+        if actual == expected {
+            Ok(())
+        } else {
+            Err(LayerError::Length { actual, expected })
+        }
+    }
+}
+
+/// The length of a regular file that is open in the given way, or none.
+fn length(file: &File, access: OFlags) -> Result<Option<u64>, LayerError> {
+    let metadata = file.metadata().map_err(LayerError::Io)?;
+    let flags = fcntl_getfl(file).map_err(io_error)?;
+    let fits = metadata.is_file() && flags & OFlags::ACCMODE == access;
+    Ok(fits.then_some(metadata.len()))
+}
+
+/// Takes a file to be written, and nobody else's; its length.
+fn lock(file: &File) -> Result<u64, LayerError> {
+    let file_bytes = length(file, OFlags::RDWR)?.ok_or(LayerError::Access)?;
+    // A lock of the process, which ends with it. One of the open file, as
+    // flock(2) takes, would outlive a killed monitor for some milliseconds: the
+    // kernel tears down an io_uring in its own time, and that holds on to the
+    // file.
+    match fcntl_lock(file, FlockOperation::NonBlockingLockExclusive) {
+        Ok(()) => Ok(file_bytes),
+        Err(Errno::AGAIN | Errno::ACCESS) => Err(LayerError::InUse),
+        Err(errno) => Err(io_error(errno)),
     }
 }
 
