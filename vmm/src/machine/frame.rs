@@ -5,7 +5,7 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use kvm_bindings::CpuId;
-use kvm_ioctls::{IoEventAddress, VcpuFd, VmFd};
+use kvm_ioctls::{IoEventAddress, VmFd};
 use virtio_bindings::virtio_mmio::VIRTIO_MMIO_QUEUE_NOTIFY;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
@@ -13,7 +13,7 @@ use super::kvm::{self, KvmError, refused};
 use super::shape::{Shape, Slot};
 use super::{BuildError, Stopwatch};
 use crate::memory::{self, GuestMemory};
-use crate::vcpu::{self, cpuid, state};
+use crate::vcpu::{self, VcpuThread, cpuid, state};
 
 /// A VM with its vCPUs, interrupt controllers, addresses of RAM, and the wires
 /// of its devices; without memory, devices and state.
@@ -30,9 +30,10 @@ pub struct Frame {
     pub(super) memory: GuestMemory,
 }
 
-/// A vCPU as KVM makes it, with CPUID and the MSRs that firmware would set.
+/// A vCPU as KVM makes it, with CPUID and the MSRs that firmware would set. Its
+/// thread waits.
 pub(super) struct FrameVcpu {
-    pub(super) fd: VcpuFd,
+    pub(super) thread: VcpuThread,
     /// The MSRs that it has now.
     pub(super) initial_msrs: Vec<(u32, u64)>,
 }
@@ -106,7 +107,11 @@ impl Frame {
             state::set_cpuid(&fd, &cpuid::for_vcpu(&cpuid, index, shape.vcpu_count))?;
             vcpu::boot::set_msrs(&fd)?;
             let initial_msrs = state::read_msrs(&fd, &msr_indices)?;
-            vcpus.push(FrameVcpu { fd, initial_msrs });
+            let thread = VcpuThread::spawn(index, fd).map_err(BuildError::Thread)?;
+            vcpus.push(FrameVcpu {
+                thread,
+                initial_msrs,
+            });
         }
         stages.mark("vcpus");
         Ok(Self {

@@ -25,7 +25,7 @@ use crate::memory::pagemap::Pagemap;
 use crate::memory::runs::{self, RunsError};
 use crate::memory::{self, GuestMemory};
 use crate::vcpu::state::RestoreVcpuError;
-use crate::vcpu::{self, Vcpu, VcpuThread, cpuid, features};
+use crate::vcpu::{self, VcpuGone, VcpuThread, cpuid, features};
 
 pub mod acpi;
 mod backends;
@@ -41,7 +41,7 @@ pub use frame::{Frame, Wire};
 pub use save::{SaveError, SnapshotFiles};
 pub use shape::{Kind, Shape, Slot};
 
-use state::{CpuProfile, MachineState, MemoryState};
+use state::{CpuProfile, MachineState, MemoryState, NamedDevice, VmState};
 
 /// What a machine is made of besides its frame, apart from how it starts.
 #[derive(Debug)]
@@ -66,6 +66,18 @@ pub enum Origin<'a> {
     },
 }
 
+/// What an [`Origin`] leaves to do once there are devices.
+enum Started<'a> {
+    Booting {
+        kernel: &'a mut File,
+        cmdline: &'a str,
+    },
+    Restoring {
+        vm: VmState,
+        devices: Vec<NamedDevice>,
+    },
+}
+
 /// A device, what it is called and where it sits.
 pub struct DeviceSlot {
     /// As in metrics: "serial", "block.root"…
@@ -77,8 +89,8 @@ pub struct DeviceSlot {
 /// A machine. Dropping it stops its vCPUs, then lets go of its devices, then of
 /// the VM, then of memory; the fields are in that order.
 pub struct Machine {
+    /// By their number.
     vcpus: Vec<VcpuThread>,
-    waiting: Vec<Vcpu>,
     devices: Vec<DeviceSlot>,
     bus: Arc<Bus>,
     events: EventSender,
@@ -128,6 +140,8 @@ pub enum BuildError {
     Thread(#[source] io::Error),
     #[error("{0} of the machine was not sent")]
     Missing(&'static str),
+    #[error(transparent)]
+    VcpuGone(#[from] VcpuGone),
     #[error(transparent)]
     Restore(#[from] RestoreError),
 }
@@ -183,22 +197,52 @@ impl Machine {
             memory,
         } = frame;
 
-        let mapped = match &origin {
-            Origin::Boot { .. } => {
+        let (vcpus, initial_msrs): (Vec<_>, Vec<_>) = vcpus
+            .into_iter()
+            .map(|vcpu| (vcpu.thread, vcpu.initial_msrs))
+            .unzip();
+        let mut restoring = Vec::new();
+        let (mapped, origin) = match origin {
+            Origin::Boot { kernel, cmdline } => {
                 memory::map_anonymous(&memory)?;
-                MemoryState {
+                let mapped = MemoryState {
                     layers: 0,
                     runs: Vec::new(),
-                }
+                };
+                (mapped, Started::Booting { kernel, cmdline })
             }
             Origin::Restore { state, layers } => {
-                check_fit(state, shape, &parts, layers.len())?;
+                check_fit(&state, shape, &parts, layers.len())?;
                 let missing = features::missing(&state.cpu.cpuid, cpuid.as_slice());
                 if !missing.is_empty() {
                     return Err(RestoreError::Cpu(missing).into());
                 }
-                memory::map_layers(&memory, layers, &state.memory.runs)?;
-                state.memory.clone()
+                let new_cpuid = state.cpu.cpuid != cpuid.as_slice();
+                if new_cpuid {
+                    cpuid = CpuId::from_entries(&state.cpu.cpuid)
+                        .map_err(|_| RestoreError::Cpu(vec!["a CPUID that KVM can take".into()]))?;
+                }
+                memory::map_layers(&memory, &layers, &state.memory.runs)?;
+                // vCPUs take their state while devices are made.
+                for ((index, vcpu), (saved, initial_msrs)) in (0u8..)
+                    .zip(&vcpus)
+                    .zip(state.vcpus.into_iter().zip(initial_msrs))
+                {
+                    let own = new_cpuid.then(|| cpuid::for_vcpu(&cpuid, index, shape.vcpu_count));
+                    restoring.push(vcpu.call(move |fd| {
+                        if let Some(cpuid) = own {
+                            vcpu::state::set_cpuid(fd, &cpuid)?;
+                        }
+                        vcpu::state::restore(fd, &saved, &initial_msrs, xsave_words)
+                    })?);
+                }
+                (
+                    state.memory,
+                    Started::Restoring {
+                        vm: state.vm,
+                        devices: state.devices,
+                    },
+                )
             }
         };
         stages.mark("memory");
@@ -221,34 +265,29 @@ impl Machine {
         stages.mark("devices");
 
         match origin {
-            Origin::Boot { kernel, cmdline } => {
+            Started::Booting { kernel, cmdline } => {
                 renew_generation(&devices)?;
                 let rsdp = acpi::write(&memory, shape.vcpu_count, &devices)?;
                 let entry = kernel::load(&memory, kernel, cmdline, rsdp)?;
                 vcpu::boot::write_tables(&memory).map_err(BuildError::BootTables)?;
                 if let Some(boot_vcpu) = vcpus.first() {
-                    vcpu::boot::set_registers(&boot_vcpu.fd, entry)?;
+                    let set = boot_vcpu.call(move |fd| vcpu::boot::set_registers(fd, entry))?;
+                    set.wait()??;
                 }
                 stages.mark("kernel");
             }
-            Origin::Restore { state, .. } => {
-                let same_cpu = state.cpu.cpuid == cpuid.as_slice();
-                if !same_cpu {
-                    cpuid = CpuId::from_entries(&state.cpu.cpuid)
-                        .map_err(|_| RestoreError::Cpu(vec!["a CPUID that KVM can take".into()]))?;
-                }
-                for (index, (vcpu, saved)) in (0u8..).zip(vcpus.iter().zip(&state.vcpus)) {
-                    if !same_cpu {
-                        let own = cpuid::for_vcpu(&cpuid, index, shape.vcpu_count);
-                        vcpu::state::set_cpuid(&vcpu.fd, &own)?;
-                    }
-                    vcpu::state::restore(&vcpu.fd, saved, &vcpu.initial_msrs, xsave_words)
+            Started::Restoring {
+                vm: saved,
+                devices: states,
+            } => {
+                restore_devices(&devices, states)?;
+                renew_generation(&devices)?;
+                stages.mark("state");
+                for (index, vcpu) in (0u8..).zip(restoring) {
+                    vcpu.wait()?
                         .map_err(|error| RestoreError::Vcpu { index, error })?;
                 }
-                state.vm.restore(&vm)?;
-                stages.mark("vcpus");
-                restore_devices(&devices, state.devices)?;
-                renew_generation(&devices)?;
+                saved.restore(&vm)?;
                 for slot in &devices {
                     let mut device = lock(&slot.device);
                     device.resume();
@@ -256,17 +295,12 @@ impl Machine {
                         generation.ring();
                     }
                 }
-                stages.mark("state");
+                stages.mark("vcpus");
             }
         }
 
-        let waiting = (0u8..)
-            .zip(vcpus)
-            .map(|(index, vcpu)| Vcpu { index, fd: vcpu.fd })
-            .collect();
         Ok(Self {
-            vcpus: Vec::new(),
-            waiting,
+            vcpus,
             devices,
             bus: Arc::new(bus),
             events,
@@ -286,15 +320,21 @@ impl Machine {
     /// SIPI. Returns CLOCK_MONOTONIC, in nanoseconds, just before that.
     pub fn start(&mut self) -> Result<u64, BuildError> {
         let mut started_at_ns = 0;
-        while let Some(vcpu) = self.waiting.pop() {
+        for vcpu in self.vcpus.iter().rev() {
             let events = self.events.try_clone().map_err(BuildError::EventFd)?;
             started_at_ns = monotonic_ns();
-            let thread = vcpu
-                .spawn(Arc::clone(&self.bus), events)
-                .map_err(BuildError::Thread)?;
-            self.vcpus.push(thread);
+            vcpu.start(&self.bus, events)?;
         }
         Ok(started_at_ns)
+    }
+
+    /// Ends the vCPUs, for good.
+    pub fn stop(&mut self) {
+        // All are asked before any is waited for.
+        for vcpu in &self.vcpus {
+            vcpu.ask_to_stop();
+        }
+        self.vcpus.clear();
     }
 
     pub fn devices(&self) -> &[DeviceSlot] {
@@ -358,10 +398,7 @@ impl Machine {
 
 impl Drop for Machine {
     fn drop(&mut self) {
-        // All are asked before any is waited for.
-        for vcpu in &self.vcpus {
-            vcpu.ask_to_stop();
-        }
+        self.stop();
     }
 }
 
@@ -484,10 +521,7 @@ fn check_fit(
     Ok(())
 }
 
-fn restore_devices(
-    devices: &[DeviceSlot],
-    saved: Vec<state::NamedDevice>,
-) -> Result<(), RestoreError> {
+fn restore_devices(devices: &[DeviceSlot], saved: Vec<NamedDevice>) -> Result<(), RestoreError> {
     if saved.len() != devices.len() {
         let words = |devices: usize| format!("{devices} devices");
         return Err(RestoreError::Shape(
@@ -570,6 +604,7 @@ impl BuildError {
             | Self::BootTables(_)
             | Self::EventFd(_)
             | Self::Missing(_)
+            | Self::VcpuGone(_)
             | Self::Thread(_) => Code::Host,
         }
     }

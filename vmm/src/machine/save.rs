@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::io::{self, Seek as _, SeekFrom};
+use std::sync::Arc;
 use std::time::Instant;
 
 use soulbox_proto::vmm::v1;
@@ -16,7 +17,7 @@ use crate::memory::pagemap::PagemapError;
 use crate::memory::runs::{self, Pages};
 use crate::memory::{self, GuestMemory};
 use crate::snapshot::{self, SnapshotError};
-use crate::vcpu::VcpuGone;
+use crate::vcpu::{Answer, VcpuGone, state};
 
 /// Where a snapshot goes, and what it builds on.
 #[derive(Debug)]
@@ -145,11 +146,17 @@ impl Machine {
         files: SnapshotFiles,
         stages: &mut Stopwatch,
     ) -> Result<v1::Snapshotted, SaveError> {
-        let vcpus = self
+        let saving: Vec<_> = self
             .vcpus
             .iter()
-            .rev()
-            .map(|vcpu| vcpu.save(&self.msr_indices, self.xsave_words))
+            .map(|vcpu| {
+                let (msr_indices, xsave_words) = (Arc::clone(&self.msr_indices), self.xsave_words);
+                vcpu.call(move |fd| state::save(fd, &msr_indices, xsave_words))
+            })
+            .collect::<Result<_, _>>()?;
+        let vcpus = saving
+            .into_iter()
+            .map(Answer::wait)
             .collect::<Result<Result<Vec<_>, _>, _>>()??;
         let vm = VmState::save(&self.vm)?;
         let devices = self.devices.iter().map(|slot| NamedDevice {

@@ -3,16 +3,15 @@
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::mpsc::{self, RecvTimeoutError};
+use std::sync::mpsc::{self, RecvTimeoutError, TryRecvError};
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use kvm_ioctls::{VcpuExit, VcpuFd};
 use soulbox_proto::vmm::v1::exited::Reason;
 
 use crate::bus::{Bus, Space};
 use crate::events::EventSender;
-use crate::machine::kvm::KvmError;
 
 pub mod boot;
 pub mod cpuid;
@@ -20,8 +19,6 @@ pub mod features;
 mod kick;
 pub mod state;
 mod xsave;
-
-use state::VcpuState;
 
 /// KVM_EXIT_*, as far as vCPUs count them apart.
 const EXIT_NAMES: [&str; 8] = [
@@ -51,18 +48,15 @@ const EMULATION_FAILED: &str = "KVM could not emulate an instruction of the gues
 /// How often a vCPU that was told to stop or to pause is told again.
 const KICK_INTERVAL: Duration = Duration::from_micros(500);
 
-/// A vCPU whose state is set and which has not run yet.
-pub struct Vcpu {
-    pub index: u8,
-    pub fd: VcpuFd,
-}
-
 /// A vCPU's thread. Dropping it stops and joins the thread.
 pub struct VcpuThread {
     thread: Option<JoinHandle<()>>,
     commands: mpsc::Sender<Command>,
     shared: Arc<Shared>,
 }
+
+/// How long a vCPU's thread that has been told something stays awake for more.
+const STAY_AWAKE: Duration = Duration::from_micros(200);
 
 /// What a vCPU's thread and the monitor share.
 struct Shared {
@@ -71,20 +65,25 @@ struct Shared {
     exits: [AtomicU64; EXIT_NAMES.len()],
 }
 
-/// What a vCPU is told. It looks for commands when KVM_RUN was interrupted,
-/// which completes an exit that was left half done (api.rst, KVM_RUN).
+/// What a vCPU is told. While it runs it looks for commands when KVM_RUN was
+/// interrupted, which completes an exit that was left half done (api.rst,
+/// KVM_RUN).
 enum Command {
+    /// Only before Start, and while paused.
+    Call(Box<dyn FnOnce(&VcpuFd) + Send>),
+    /// Once.
+    Start(Arc<Bus>, EventSender),
     Pause(mpsc::Sender<()>),
-    /// Only while paused.
-    Save(SaveRequest),
     Resume,
     Stop,
 }
 
-struct SaveRequest {
-    msr_indices: Arc<[u32]>,
-    xsave_words: usize,
-    reply: mpsc::Sender<Result<VcpuState, KvmError>>,
+/// The thread's side.
+struct Vcpu {
+    index: u8,
+    fd: VcpuFd,
+    commands: mpsc::Receiver<Command>,
+    shared: Arc<Shared>,
 }
 
 /// Why a vCPU left its loop.
@@ -102,33 +101,44 @@ pub struct VcpuGone;
 // === impl Vcpu ===
 
 impl Vcpu {
-    /// Starts the thread, which enters the guest at once.
-    pub fn spawn(mut self, bus: Arc<Bus>, events: EventSender) -> io::Result<VcpuThread> {
-        let (sender, commands) = mpsc::channel();
-        let shared = Arc::new(Shared {
-            immediate_exit: kick::ImmediateExit::of(&mut self.fd),
-            exits: Default::default(),
-        });
-        let of_thread = Arc::clone(&shared);
-        let thread = std::thread::Builder::new()
-            .name(format!("vcpu{}", self.index))
-            // The loop is shallow; the default of 2 MiB would only be reserved.
-            .stack_size(256 * 1024)
-            .spawn(move || {
-                if let Stop::Over(reason, message) = self.run(&bus, &of_thread, &commands) {
-                    events.exit(reason, format!("vCPU {}: {message}", self.index));
-                }
-                // `kvm_run` is unmapped with the VcpuFd.
-                of_thread.immediate_exit.clear();
-            })?;
-        Ok(VcpuThread {
-            thread: Some(thread),
-            commands: sender,
-            shared,
-        })
+    fn live(mut self) {
+        if let Some((bus, events)) = self.wait_for_start()
+            && let Stop::Over(reason, message) = self.run(&bus)
+        {
+            events.exit(reason, format!("vCPU {}: {message}", self.index));
+        }
+        // `kvm_run` is unmapped with the VcpuFd.
+        self.shared.immediate_exit.clear();
     }
 
-    fn run(&mut self, bus: &Bus, shared: &Shared, commands: &mpsc::Receiver<Command>) -> Stop {
+    /// None: it is told to stop, or the machine is being torn down.
+    fn wait_for_start(&self) -> Option<(Arc<Bus>, EventSender)> {
+        loop {
+            match self.next_command()? {
+                Command::Call(call) => call(&self.fd),
+                Command::Start(bus, events) => return Some((bus, events)),
+                Command::Stop => return None,
+                Command::Pause(_) | Command::Resume => {}
+            }
+        }
+    }
+
+    /// Waits for a command: at first awake, for they come close together when a
+    /// machine is restored, and waking a thread takes longer than what it is told.
+    fn next_command(&self) -> Option<Command> {
+        let sleep_at = Instant::now() + STAY_AWAKE;
+        while Instant::now() < sleep_at {
+            match self.commands.try_recv() {
+                Ok(command) => return Some(command),
+                Err(TryRecvError::Empty) => std::hint::spin_loop(),
+                Err(TryRecvError::Disconnected) => return None,
+            }
+        }
+        self.commands.recv().ok()
+    }
+
+    fn run(&mut self, bus: &Bus) -> Stop {
+        let shared = Arc::clone(&self.shared);
         loop {
             let kind = match self.fd.run() {
                 Ok(VcpuExit::IoIn(port, data)) => {
@@ -185,21 +195,20 @@ impl Vcpu {
                 }
             };
             shared.count(kind);
-            if kind == INTR && self.obey(shared, commands) {
+            if kind == INTR && self.obey() {
                 return Stop::Asked;
             }
         }
     }
 
     /// Does what it was told, if anything. True when that is to stop.
-    fn obey(&mut self, shared: &Shared, commands: &mpsc::Receiver<Command>) -> bool {
+    fn obey(&self) -> bool {
         let mut paused = false;
         loop {
             let command = if paused {
-                // Without a sender the machine is being torn down.
-                commands.recv().unwrap_or(Command::Stop)
+                self.next_command().unwrap_or(Command::Stop)
             } else {
-                match commands.try_recv() {
+                match self.commands.try_recv() {
                     Ok(command) => command,
                     Err(_) => return false,
                 }
@@ -208,14 +217,11 @@ impl Vcpu {
                 Command::Pause(reply) => {
                     // Cleared here and not when it resumes: the next command may
                     // have set it by then.
-                    shared.immediate_exit.unset();
+                    self.shared.immediate_exit.unset();
                     paused = true;
                     let _ = reply.send(());
                 }
-                Command::Save(request) => {
-                    let state = state::save(&self.fd, &request.msr_indices, request.xsave_words);
-                    let _ = request.reply.send(state);
-                }
+                Command::Call(call) => call(&self.fd),
                 Command::Resume => {
                     // So that the guest's watchdog does not take the pause for a
                     // lockup. EINVAL: it has no kvmclock.
@@ -223,6 +229,7 @@ impl Vcpu {
                     return false;
                 }
                 Command::Stop => return true,
+                Command::Start(..) => {}
             }
         }
     }
@@ -239,6 +246,31 @@ impl Vcpu {
 // === impl VcpuThread ===
 
 impl VcpuThread {
+    /// Starts the thread of a vCPU that has not run. It does not until `start`.
+    pub fn spawn(index: u8, mut fd: VcpuFd) -> io::Result<Self> {
+        let (sender, commands) = mpsc::channel();
+        let shared = Arc::new(Shared {
+            immediate_exit: kick::ImmediateExit::of(&mut fd),
+            exits: Default::default(),
+        });
+        let vcpu = Vcpu {
+            index,
+            fd,
+            commands,
+            shared: Arc::clone(&shared),
+        };
+        let thread = std::thread::Builder::new()
+            .name(format!("vcpu{index}"))
+            // The loop is shallow; the default of 2 MiB would only be reserved.
+            .stack_size(256 * 1024)
+            .spawn(move || vcpu.live())?;
+        Ok(Self {
+            thread: Some(thread),
+            commands: sender,
+            shared,
+        })
+    }
+
     /// Adds this vCPU's exits to a sum by name.
     pub fn add_exits(&self, sum: &mut std::collections::HashMap<String, u64>) {
         for (name, count) in EXIT_NAMES.iter().zip(&self.shared.exits) {
@@ -266,19 +298,23 @@ impl VcpuThread {
         Ok(Pausing { vcpu: self, paused })
     }
 
-    /// Reads the state of a paused vCPU.
-    pub fn save(
+    /// Has the thread call `call`; only before `start` and while paused.
+    pub fn call<T: Send + 'static>(
         &self,
-        msr_indices: &Arc<[u32]>,
-        xsave_words: usize,
-    ) -> Result<Result<VcpuState, KvmError>, VcpuGone> {
-        let (reply, saved) = mpsc::channel();
-        self.command(Command::Save(SaveRequest {
-            msr_indices: Arc::clone(msr_indices),
-            xsave_words,
-            reply,
-        }))?;
-        saved.recv().map_err(|_| VcpuGone)
+        call: impl FnOnce(&VcpuFd) -> T + Send + 'static,
+    ) -> Result<Answer<T>, VcpuGone> {
+        let (reply, answer) = mpsc::channel();
+        let call = move |fd: &VcpuFd| {
+            // Nobody waits only when the machine is being torn down.
+            let _ = reply.send(call(fd));
+        };
+        self.command(Command::Call(Box::new(call)))?;
+        Ok(Answer(answer))
+    }
+
+    /// Enters the guest.
+    pub fn start(&self, bus: &Arc<Bus>, events: EventSender) -> Result<(), VcpuGone> {
+        self.command(Command::Start(Arc::clone(bus), events))
     }
 
     /// Has a paused vCPU go on.
@@ -295,6 +331,17 @@ impl VcpuThread {
         if let Some(thread) = &self.thread {
             kick::kick(thread);
         }
+    }
+}
+
+/// What a vCPU's thread was asked for.
+pub struct Answer<T>(mpsc::Receiver<T>);
+
+// === impl Answer ===
+
+impl<T> Answer<T> {
+    pub fn wait(self) -> Result<T, VcpuGone> {
+        self.0.recv().map_err(|_| VcpuGone)
     }
 }
 
