@@ -136,7 +136,8 @@ pub fn enter(control: &impl AsRawFd) -> Result<(), JailError> {
 
 /// Gives up, before any guest code runs, what only building a machine needs:
 /// new io_urings, whose operations seccomp does not see. The disks' own are
-/// there already, restricted to what a disk does.
+/// there already, restricted to what a disk does. It holds for all threads: a
+/// shell has its vCPUs' before it has disks.
 ///
 /// A snapshot gives a disk a new layer, so a ring's files may be replaced. That
 /// is no new power: only a descriptor that the process has can be given, and the
@@ -144,7 +145,7 @@ pub fn enter(control: &impl AsRawFd) -> Result<(), JailError> {
 /// the process may do with any of its descriptors without a ring.
 pub fn seal() -> Result<(), JailError> {
     let filter = seal_filter().map_err(JailError::Filter)?;
-    seccompiler::apply_filter(&filter).map_err(JailError::Install)
+    seccompiler::apply_filter_all_threads(&filter).map_err(JailError::Install)
 }
 
 fn seal_filter() -> Result<BpfProgram, BackendError> {

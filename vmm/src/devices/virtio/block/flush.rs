@@ -161,6 +161,8 @@ impl<W> Flush<W> {
 #[cfg(test)]
 mod tests {
     use super::super::BLOCK_BYTES;
+    use super::super::disk::Mounted;
+    use super::super::layer::Layer;
     use super::*;
     use std::fs::File;
 
@@ -275,6 +277,40 @@ mod tests {
         assert!(is_sync(flush.next_piece()));
         assert_eq!(flush.piece_done(Ok(()), &mut disk), None);
         assert!(is_write(flush.next_piece()), "the bit is not in the file");
+    }
+
+    #[test]
+    fn a_layer_frozen_before_it_was_durable_is_part_of_the_next_flush() {
+        let mut disk = disk();
+        let mut flush = Flush::new();
+        disk.written(0..BLOCK_BYTES);
+        let next = Mounted {
+            target: Target::nth(2),
+            layer: Layer::open_new(tempfile::tempfile().unwrap(), disk.size_bytes()).unwrap(),
+        };
+        disk.frozen.extend(disk.top.replace(next));
+        disk.written(0..BLOCK_BYTES);
+        for first in [true, false] {
+            flush.request(1);
+            assert_eq!(flush.begin(&mut disk), None);
+            for target in [2, 1].map(Target::nth) {
+                let piece = flush.next_piece();
+                assert!(matches!(piece, Some(Piece::Sync { target: t }) if t == target));
+            }
+            assert!(flush.next_piece().is_none());
+            assert_eq!(flush.piece_done(Ok(()), &mut disk), None);
+            if first {
+                // Given up, it is all to be done again.
+                flush.abandon(&mut disk);
+            }
+        }
+        assert_eq!(flush.piece_done(Ok(()), &mut disk), None);
+        assert!(is_write(flush.next_piece()));
+        assert_eq!(flush.piece_done(Ok(()), &mut disk), None);
+        assert!(is_sync(flush.next_piece()));
+        assert_eq!(flush.piece_done(Ok(()), &mut disk), over(&[1], true));
+        flush.request(2);
+        assert_eq!(flush.begin(&mut disk), over(&[2], true), "all is durable");
     }
 
     #[test]
