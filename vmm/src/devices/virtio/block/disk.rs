@@ -9,13 +9,14 @@ use std::os::fd::{AsRawFd, RawFd};
 use rustix::fs::{OFlags, fcntl_getfl};
 
 use super::engine::Target;
+use super::frozen::{FrozenLayer, newest};
 use super::layer::{BitmapWrite, Layer};
 use super::{BLOCK_BYTES, BlockError, DISK_MAX_BYTES, FROZEN_LAYERS_MAX};
 
-/// How far [`newest`] looks. Where one layer is in many pieces, each of them
+/// How far [`Disk::resolve`] looks. Where one layer is in many pieces, each of them
 /// would otherwise have the others searched to the end. It is what a page of the
 /// bitmap stands for, and as much as one request hardly ever asks for.
-const WINDOW_BYTES: u64 = 128 << 20;
+pub(super) const WINDOW_BYTES: u64 = 128 << 20;
 
 #[derive(Debug)]
 pub(super) struct Disk {
@@ -23,16 +24,16 @@ pub(super) struct Disk {
     base_bytes: u64,
     size_bytes: u64,
     /// Root first.
-    pub(super) frozen: Vec<Mounted>,
+    pub(super) frozen: Vec<Mounted<FrozenLayer>>,
     /// What takes the writes; none on a read-only disk.
-    pub(super) top: Option<Mounted>,
+    pub(super) top: Option<Mounted<Layer>>,
 }
 
 /// A layer, and where the engine has it.
 #[derive(Debug)]
-pub(super) struct Mounted {
+pub(super) struct Mounted<L> {
     pub(super) target: Target,
-    pub(super) layer: Layer,
+    pub(super) layer: L,
 }
 
 /// A stretch of the disk that is in one place.
@@ -95,7 +96,7 @@ impl Disk {
         // The targets are those of `files`.
         let mut mounted = Vec::with_capacity(frozen.len());
         for (index, file) in frozen.into_iter().enumerate() {
-            let layer = Layer::open_frozen(file, size_bytes)
+            let layer = FrozenLayer::open(file, size_bytes)
                 .map_err(|error| BlockError::Frozen { index, error })?;
             let target = Target::nth(1 + index);
             mounted.push(Mounted { target, layer });
@@ -131,37 +132,39 @@ impl Disk {
 
     /// The files of a new disk, for the engine.
     pub(super) fn files(&self) -> Vec<RawFd> {
-        let layers = self.frozen.iter().chain(&self.top);
-        std::iter::once(self.base.as_raw_fd())
-            .chain(layers.map(|mounted| mounted.layer.file().as_raw_fd()))
+        let frozen = self.frozen.iter().map(|frozen| frozen.layer.file());
+        let top = self.top.iter().map(|top| top.layer.file());
+        std::iter::once(&self.base)
+            .chain(frozen)
+            .chain(top)
+            .map(AsRawFd::as_raw_fd)
             .collect()
     }
 
     /// Where the disk's bytes from `start` on are, as far as they are in one
     /// place and before `end`. Requires `start < end <= size_bytes`.
     pub(super) fn resolve(&self, start: u64, end: u64) -> Extent {
-        let newest_first = self.top.iter().chain(self.frozen.iter().rev());
-        let (mounted, end) = newest(newest_first, start, end);
-        let (place, end) = match mounted {
-            Some(Mounted { target, layer }) => (
-                Place::File {
-                    target: *target,
-                    offset: layer.file_offset(start),
-                },
-                end,
-            ),
-            None if start < self.base_bytes => (
-                Place::File {
-                    target: Target::nth(0),
-                    offset: start,
-                },
-                end.min(self.base_bytes),
-            ),
-            None => (Place::Zeros, end),
-        };
-        Extent {
-            place,
+        let mut end = end.min(start + WINDOW_BYTES);
+        let file = |target, offset, end| Extent {
+            place: Place::File { target, offset },
             bytes: end - start,
+        };
+        if let Some(Mounted { target, layer }) = &self.top {
+            let (present, run_end) = layer.run(start, end);
+            if present {
+                return file(*target, layer.file_offset(start), run_end);
+            }
+            end = run_end;
+        }
+        match newest(self.frozen.iter().rev(), start, end) {
+            (Some(Mounted { target, layer }), end) => file(*target, layer.file_offset(start), end),
+            (None, end) if start < self.base_bytes => {
+                file(Target::nth(0), start, end.min(self.base_bytes))
+            }
+            (None, end) => Extent {
+                place: Place::Zeros,
+                bytes: end - start,
+            },
         }
     }
 
@@ -219,20 +222,10 @@ impl Disk {
     }
 }
 
-/// The first of the layers that has the byte at `start`, if any has, and how far
-/// that is so. Looks no further than `end`, and may stop before it.
-pub(super) fn newest<'a>(
-    newest_first: impl Iterator<Item = &'a Mounted>,
-    start: u64,
-    end: u64,
-) -> (Option<&'a Mounted>, u64) {
-    let mut end = end.min(start + WINDOW_BYTES);
-    for mounted in newest_first {
-        let (present, run_end) = mounted.layer.run(start, end);
-        end = run_end;
-        if present {
-            return (Some(mounted), end);
-        }
+// === impl Mounted ===
+
+impl AsRef<FrozenLayer> for Mounted<FrozenLayer> {
+    fn as_ref(&self) -> &FrozenLayer {
+        &self.layer
     }
-    (None, end)
 }

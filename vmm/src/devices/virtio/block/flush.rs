@@ -288,7 +288,11 @@ mod tests {
             target: Target::nth(2),
             layer: Layer::open_new(tempfile::tempfile().unwrap(), disk.size_bytes()).unwrap(),
         };
-        disk.frozen.extend(disk.top.replace(next));
+        let old = disk.top.replace(next).unwrap();
+        disk.frozen.push(Mounted {
+            target: old.target,
+            layer: old.layer.frozen().unwrap(),
+        });
         disk.written(0..BLOCK_BYTES);
         for first in [true, false] {
             flush.request(1);

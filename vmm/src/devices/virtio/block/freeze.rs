@@ -4,6 +4,7 @@
 
 use super::disk::{Disk, Mounted};
 use super::engine::Engine;
+use super::frozen::FrozenLayer;
 use super::layer::Layer;
 use super::merge::merge;
 use super::{FROZEN_LAYERS_MAX, Freeze, FreezeError};
@@ -11,15 +12,13 @@ use super::{FROZEN_LAYERS_MAX, Freeze, FreezeError};
 /// A change of layers that needs no more than to be made.
 #[derive(Debug)]
 pub(super) struct Prepared {
-    next: Mounted,
-    merged: Option<Merged>,
-}
-
-#[derive(Debug)]
-struct Merged {
-    into: Mounted,
-    /// Frozen layers that are not in it.
-    keep: usize,
+    /// The next top layer.
+    next: Mounted<Layer>,
+    /// What becomes of the old one: itself, or what it was merged into.
+    frozen: Mounted<FrozenLayer>,
+    /// What is in `frozen` besides itself: the top layer, and the frozen ones from
+    /// here on.
+    merged_from: Option<usize>,
 }
 
 /// Does all that can fail. None: the disk is not to change its layers.
@@ -60,60 +59,69 @@ pub(super) fn prepare<T: Copy>(
     let next = next
         .map(|file| Layer::open_new(file, size_bytes))
         .transpose()?;
-    let mut merged = merging
+    let merged = merging
         .map(|merging| Layer::open_new(merging.file, size_bytes))
         .transpose()?;
     top.layer.write_bitmap().map_err(FreezeError::Io)?;
-    if let Some(into) = &mut merged {
-        let newest_first = std::iter::once(&*top).chain(merged_frozen.iter().rev());
-        merge(newest_first, size_bytes, into)?;
+    let mut frozen = top.layer.frozen()?;
+    let is_merged = merged.is_some();
+    if let Some(mut into) = merged {
+        let older = merged_frozen.iter().rev().map(|mounted| &mounted.layer);
+        merge(std::iter::once(&frozen).chain(older), size_bytes, &mut into)?;
+        frozen = into.frozen()?;
     }
 
-    // Without a next layer, the merged one is for the snapshot alone.
+    // Without a next layer, a merged one is for the snapshot alone.
     let Some(next) = next else {
         return Ok(None);
     };
-    let next = mount(next, engine)?;
-    let merged = match merged.map(|layer| mount(layer, engine)).transpose() {
-        Ok(merged) => merged.map(|into| Merged { into, keep }),
+    let top_target = top.target;
+    let next = Mounted {
+        target: engine.add_file(next.file()).map_err(FreezeError::Io)?,
+        layer: next,
+    };
+    let target = if is_merged {
+        engine.add_file(frozen.file())
+    } else {
+        Ok(top_target)
+    };
+    match target {
+        Ok(target) => Ok(Some(Prepared {
+            next,
+            frozen: Mounted {
+                target,
+                layer: frozen,
+            },
+            merged_from: is_merged.then_some(keep),
+        })),
         Err(error) => {
             engine.remove_file(next.target);
-            return Err(error);
+            Err(FreezeError::Io(error))
         }
-    };
-    Ok(Some(Prepared { next, merged }))
-}
-
-fn mount<T: Copy>(layer: Layer, engine: &mut Engine<T>) -> Result<Mounted, FreezeError> {
-    let target = engine.add_file(layer.file()).map_err(FreezeError::Io)?;
-    Ok(Mounted { target, layer })
+    }
 }
 
 // === impl Prepared ===
 
 impl Prepared {
     /// The old top layer, or what it was merged into, is frozen.
-    ///
-    /// It keeps the lock of a top layer for as long as this process has it open,
-    /// which bars others from writing to it and nobody from reading it.
     pub(super) fn commit<T: Copy>(self, disk: &mut Disk, engine: &mut Engine<T>) {
         let old_top = disk.top.replace(self.next);
-        let Some(Merged { into, keep }) = self.merged else {
-            disk.frozen.extend(old_top);
-            return;
-        };
-        for mounted in disk.frozen.drain(keep..).chain(old_top) {
-            engine.remove_file(mounted.target);
+        if let Some(keep) = self.merged_from {
+            let gone = disk.frozen.drain(keep..).map(|frozen| frozen.target);
+            for target in gone.chain(old_top.map(|top| top.target)) {
+                engine.remove_file(target);
+            }
         }
-        disk.frozen.push(into);
+        disk.frozen.push(self.frozen);
     }
 
     /// Nothing changes. What the top layer's file now records of what is present
     /// is true, so it may stay.
     pub(super) fn abandon<T: Copy>(self, engine: &mut Engine<T>) {
         engine.remove_file(self.next.target);
-        if let Some(Merged { into, .. }) = self.merged {
-            engine.remove_file(into.target);
+        if self.merged_from.is_some() {
+            engine.remove_file(self.frozen.target);
         }
     }
 }

@@ -20,31 +20,29 @@
 //! meanwhile; the client does that before it names the snapshot. Between the two,
 //! a crash of the host may leave zeros in a block that the guest has never
 //! flushed. What it has flushed is safe.
-//!
-//! A frozen layer is never written again, and any number of monitors may read it.
-//! They take no lock: the kernel keeps a file's locks in one list that each new
-//! one is compared with, which a thousand clones would feel.
 
 use std::fs::File;
 use std::io;
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
+use std::sync::Arc;
 
 use rustix::fs::{FlockOperation, OFlags, SeekFrom, fcntl_getfl, fcntl_lock, seek};
 use rustix::io::Errno;
 
 use super::BLOCK_BYTES;
 use super::bitmap::{self, Bitmap, PAGE_BYTES};
+use super::frozen::FrozenLayer;
 
 const MAGIC: [u8; 8] = *b"SBXLAYER";
 const FORMAT_VERSION: u32 = 1;
 const HEADER_BYTES: usize = 32;
-const BITMAP_START: u64 = BLOCK_BYTES;
+pub(super) const BITMAP_START: u64 = BLOCK_BYTES;
 
-/// A layer, checked; and locked, if it is or was a top layer here.
+/// A layer to be written, checked and locked.
 #[derive(Debug)]
 pub(super) struct Layer {
-    file: File,
+    file: Arc<File>,
     layout: Layout,
     bitmap: Bitmap,
     /// Data was written since the last sync began.
@@ -58,7 +56,7 @@ pub(super) struct Layer {
 
 /// Where things are, which the disk's size alone decides.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Layout {
+pub(super) struct Layout {
     size_bytes: u64,
     data_start: u64,
 }
@@ -127,12 +125,6 @@ impl Layer {
         }
     }
 
-    /// Takes a layer that others read too.
-    pub(super) fn open_frozen(file: File, size_bytes: u64) -> Result<Self, LayerError> {
-        let file_bytes = length(&file, OFlags::RDONLY)?.ok_or(LayerError::FrozenAccess)?;
-        Self::load(file, size_bytes, file_bytes)
-    }
-
     /// Lays out an empty file. Nothing is synced: the first sync of data takes
     /// the header along, and before that a lost layer loses nothing.
     fn create(file: File, size_bytes: u64) -> Result<Self, LayerError> {
@@ -145,25 +137,7 @@ impl Layer {
 
     /// Reads a layer, believing nothing.
     fn load(file: File, size_bytes: u64, file_bytes: u64) -> Result<Self, LayerError> {
-        let mut header = [0; HEADER_BYTES];
-        file.read_exact_at(&mut header, 0)
-            .map_err(|error| match error.kind() {
-                io::ErrorKind::UnexpectedEof => LayerError::Header,
-                _ => LayerError::Io(error),
-            })?;
-        let layout = Layout::from_header(&header)?;
-        if layout.size_bytes != size_bytes {
-            return Err(LayerError::Size {
-                layer_bytes: layout.size_bytes,
-                disk_bytes: size_bytes,
-            });
-        }
-        if file_bytes != layout.file_bytes() {
-            return Err(LayerError::Length {
-                actual: file_bytes,
-                expected: layout.file_bytes(),
-            });
-        }
+        let layout = Layout::read(&file, size_bytes, file_bytes)?;
         let bitmap = read_bitmap(&file, &layout)?;
         if bitmap.marks_past(layout.blocks()) {
             return Err(LayerError::Bitmap);
@@ -173,7 +147,7 @@ impl Layer {
 
     fn new(file: File, layout: Layout, bitmap: Bitmap) -> Self {
         Self {
-            file,
+            file: Arc::new(file),
             layout,
             bitmap,
             unsynced: false,
@@ -192,7 +166,7 @@ impl Layer {
 
     /// Where the byte at `disk_offset` has its place in the file.
     pub(super) fn file_offset(&self, disk_offset: u64) -> u64 {
-        self.layout.data_start + disk_offset
+        self.layout.file_offset(disk_offset)
     }
 
     /// The run from byte `start` of the disk on, up to `end`, that is all in this
@@ -278,30 +252,16 @@ impl Layer {
         written
     }
 
-    /// Whether the file holds what no sync of ours has made durable.
-    pub(super) fn is_unsynced(&self) -> bool {
-        self.unsynced
-    }
-
-    /// The file is durable as it is.
-    pub(super) fn set_synced(&mut self) {
-        self.unsynced = false;
-    }
-
-    /// Whether the file is as long as it has to be, or someone has cut it.
-    pub(super) fn check_length(&self) -> Result<(), LayerError> {
-        let actual = self.file.metadata().map_err(LayerError::Io)?.len();
-        let expected = self.layout.file_bytes();
-        if actual == expected {
-            Ok(())
-        } else {
-            Err(LayerError::Length { actual, expected })
-        }
+    /// The layer as it is in its file, once [`Layer::write_bitmap`] has run. It
+    /// stays true for as long as nothing more is written here. It is locked as
+    /// this one is: that bars others from writing to it, and nobody from reading.
+    pub(super) fn frozen(&self) -> Result<FrozenLayer, LayerError> {
+        FrozenLayer::map(Arc::clone(&self.file), self.layout, self.unsynced)
     }
 }
 
 /// The length of a regular file that is open in the given way, or none.
-fn length(file: &File, access: OFlags) -> Result<Option<u64>, LayerError> {
+pub(super) fn length(file: &File, access: OFlags) -> Result<Option<u64>, LayerError> {
     let metadata = file.metadata().map_err(LayerError::Io)?;
     let flags = fcntl_getfl(file).map_err(io_error)?;
     let fits = metadata.is_file() && flags & OFlags::ACCMODE == access;
@@ -360,12 +320,48 @@ impl Layout {
         }
     }
 
-    fn blocks(&self) -> u64 {
+    /// That of a file of so many bytes, which must be a layer of a disk of
+    /// `size_bytes`.
+    pub(super) fn read(file: &File, size_bytes: u64, file_bytes: u64) -> Result<Self, LayerError> {
+        let mut header = [0; HEADER_BYTES];
+        file.read_exact_at(&mut header, 0)
+            .map_err(|error| match error.kind() {
+                io::ErrorKind::UnexpectedEof => LayerError::Header,
+                _ => LayerError::Io(error),
+            })?;
+        let layout = Self::from_header(&header)?;
+        if layout.size_bytes != size_bytes {
+            return Err(LayerError::Size {
+                layer_bytes: layout.size_bytes,
+                disk_bytes: size_bytes,
+            });
+        }
+        layout.check_length(file_bytes)?;
+        Ok(layout)
+    }
+
+    /// How many blocks the disk has.
+    pub(super) fn blocks(&self) -> u64 {
         self.size_bytes / BLOCK_BYTES
+    }
+
+    /// Where the byte at `disk_offset` has its place in the file.
+    pub(super) fn file_offset(&self, disk_offset: u64) -> u64 {
+        self.data_start + disk_offset
     }
 
     fn file_bytes(&self) -> u64 {
         self.data_start + self.size_bytes
+    }
+
+    /// Whether a file is as long as this calls for.
+    pub(super) fn check_length(&self, actual: u64) -> Result<(), LayerError> {
+        let expected = self.file_bytes();
+        if actual == expected {
+            Ok(())
+        } else {
+            Err(LayerError::Length { actual, expected })
+        }
     }
 
     fn header(&self) -> [u8; HEADER_BYTES] {

@@ -12,7 +12,8 @@ use rustix::fs::{SeekFrom, copy_file_range, seek};
 use rustix::io::Errno;
 
 use super::FreezeError;
-use super::disk::{Mounted, newest};
+use super::disk::WINDOW_BYTES;
+use super::frozen::{FrozenLayer, newest};
 use super::layer::Layer;
 
 /// What is read at a time where the kernel cannot copy, in bytes.
@@ -21,18 +22,19 @@ const BUFFER_BYTES: usize = 256 << 10;
 /// Copies the newest of each block that any of the layers has into an empty
 /// layer, with its bitmap. All are of a disk of `size_bytes`.
 pub(super) fn merge<'a>(
-    newest_first: impl Iterator<Item = &'a Mounted> + Clone,
+    newest_first: impl Iterator<Item = &'a FrozenLayer> + Clone,
     size_bytes: u64,
     into: &mut Layer,
 ) -> Result<(), FreezeError> {
     // Past the end of a layer that someone has cut, there would seem to be holes.
-    for mounted in newest_first.clone() {
-        mounted.layer.check_length()?;
+    for layer in newest_first.clone() {
+        layer.check_length()?;
     }
     let mut start = 0;
     while start < size_bytes {
-        let (source, end) = newest(newest_first.clone(), start, size_bytes);
-        if let Some(Mounted { layer, .. }) = source {
+        let end = size_bytes.min(start + WINDOW_BYTES);
+        let (source, end) = newest(newest_first.clone(), start, end);
+        if let Some(layer) = source {
             // Layers of one disk have a block at the same place.
             let bytes = layer.file_offset(start)..layer.file_offset(end);
             copy_sparse(layer.file(), into.file(), bytes).map_err(FreezeError::Io)?;

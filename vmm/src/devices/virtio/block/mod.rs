@@ -29,6 +29,7 @@ mod disk;
 mod engine;
 mod flush;
 mod freeze;
+mod frozen;
 mod layer;
 mod merge;
 mod metrics;

@@ -555,3 +555,159 @@ fn a_full_file_system_fails_the_freeze_alone() {
     assert_eq!(guest.read(3 * 8, BLOCK), [3; BLOCK]);
     assert_eq!(guest.read(20 * 8, BLOCK), [1; BLOCK]);
 }
+
+#[test]
+fn zz_measure() {
+    use std::time::Instant;
+    let files = Files::new(BLOCK_BYTES * 1000, 8 << 30);
+    fn stat(name: &str, mut f: Box<dyn FnMut() -> Duration + '_>) {
+        let mut all: Vec<Duration> = (0..300).map(|_| f()).collect();
+        all.sort();
+        eprintln!(
+            "{name}: p50 {:?} p90 {:?} p99 {:?}",
+            all[150], all[270], all[297]
+        );
+    }
+    let base = files.base();
+    stat(
+        "Engine::new",
+        Box::new(|| {
+            use std::os::fd::AsRawFd;
+            let t = Instant::now();
+            let e = super::super::engine::Engine::<u32>::new(&[base.as_raw_fd()]).unwrap();
+            let d = t.elapsed();
+            drop(e);
+            d
+        }),
+    );
+    stat(
+        "Engine drop",
+        Box::new(|| {
+            use std::os::fd::AsRawFd;
+            let e = super::super::engine::Engine::<u32>::new(&[base.as_raw_fd()]).unwrap();
+            let t = Instant::now();
+            drop(e);
+            t.elapsed()
+        }),
+    );
+    {
+        use io_uring::*;
+        use std::os::fd::AsRawFd;
+        let mut steps: Vec<Vec<Duration>> = vec![vec![]; 6];
+        for _ in 0..300 {
+            let t = Instant::now();
+            let ring: IoUring = IoUring::builder().setup_r_disabled().build(128).unwrap();
+            steps[0].push(t.elapsed());
+            let ev = rustix::event::eventfd(0, rustix::event::EventfdFlags::CLOEXEC).unwrap();
+            let mut table = [-1; 20];
+            table[0] = base.as_raw_fd();
+            let t = Instant::now();
+            ring.submitter().register_files(&table).unwrap();
+            steps[1].push(t.elapsed());
+            let t = Instant::now();
+            ring.submitter().register_eventfd(ev.as_raw_fd()).unwrap();
+            steps[2].push(t.elapsed());
+            let t = Instant::now();
+            ring.submitter()
+                .register_iowq_max_workers(&mut [4, 4])
+                .unwrap();
+            steps[3].push(t.elapsed());
+            let t = Instant::now();
+            ring.submitter()
+                .register_restrictions(&mut [
+                    register::Restriction::sqe_op(1),
+                    register::Restriction::register_op(6),
+                ])
+                .unwrap();
+            steps[4].push(t.elapsed());
+            let t = Instant::now();
+            ring.submitter().register_enable_rings().unwrap();
+            steps[5].push(t.elapsed());
+        }
+        for (s, n) in steps
+            .iter_mut()
+            .zip(["setup", "files", "eventfd", "iowq", "restrict", "enable"])
+        {
+            s.sort();
+            eprintln!("  {n}: p50 {:?} p90 {:?}", s[150], s[270]);
+        }
+        let mut st = vec![];
+        for _ in 0..300 {
+            let t = Instant::now();
+            let ring: IoUring = IoUring::builder().setup_r_disabled().build(32).unwrap();
+            st.push(t.elapsed());
+            drop(ring);
+        }
+        st.sort();
+        eprintln!("  setup of 32: p50 {:?}", st[150]);
+    }
+    let mut files = files;
+    for count in [0, 1, 8] {
+        let mut guest = Guest::new(files.config());
+        while guest.block.frozen_layers() < count {
+            for n in 0..100u64 {
+                assert_eq!(guest.write((n * 20_000 % 2_000_000) * 8, &[1; BLOCK]), OK);
+            }
+            files.freeze(&mut guest, true, None).unwrap();
+        }
+        drop(guest);
+        let files = &files;
+        stat(
+            &format!("Block::new, {count} frozen, new top"),
+            Box::new(move || {
+                let config = BlockConfig {
+                    layer: new_layer(),
+                    ..files.config()
+                };
+                let t = Instant::now();
+                let b = Block::new(config).unwrap();
+                let d = t.elapsed();
+                drop(b);
+                d
+            }),
+        );
+    }
+    let mut guest = Guest::new(files.config());
+    let (mut prep, mut com, mut q, mut merge) = (vec![], vec![], vec![], vec![]);
+    for _ in 0..100 {
+        for n in 0..4u64 {
+            assert_eq!(guest.write(n * 80_000, &[1; BLOCK]), OK);
+        }
+        let t = Instant::now();
+        let queues = guest.block.quiesce();
+        q.push(t.elapsed());
+        let next = new_layer();
+        let t = Instant::now();
+        guest
+            .block
+            .prepare_freeze(Freeze { next, merge: None })
+            .unwrap();
+        prep.push(t.elapsed());
+        let t = Instant::now();
+        guest.block.commit_freeze();
+        com.push(t.elapsed());
+        let m = Some(Merge {
+            file: new_layer().unwrap(),
+            keep: 0,
+        });
+        let next = new_layer();
+        let t = Instant::now();
+        guest
+            .block
+            .prepare_freeze(Freeze { next, merge: m })
+            .unwrap();
+        merge.push(t.elapsed());
+        guest.block.commit_freeze();
+        guest.resume(queues);
+    }
+    for (n, v) in [
+        ("quiesce", q),
+        ("prepare", prep),
+        ("commit", com),
+        ("prepare with merge", merge),
+    ] {
+        let mut v = v;
+        v.sort();
+        eprintln!("{n}: p50 {:?} p90 {:?}", v[50], v[90]);
+    }
+}
