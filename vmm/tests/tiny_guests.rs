@@ -248,6 +248,11 @@ fn the_monitor_is_jailed() -> Result<()> {
             .to_owned()
     };
     assert_eq!(field("Seccomp:"), "2");
+    // The jail's filter and the seal, on vCPU threads too.
+    for task in std::fs::read_dir(format!("/proc/{}/task", monitor.pid()))? {
+        let status = std::fs::read_to_string(task?.path().join("status"))?;
+        ensure!(status.contains("Seccomp_filters:\t2\n"), "{status}");
+    }
     assert_eq!(field("NoNewPrivs:"), "1");
     for set in ["CapInh:", "CapPrm:", "CapEff:", "CapAmb:"] {
         assert_eq!(field(set), "0000000000000000", "{set}");
