@@ -56,7 +56,21 @@ impl Admission {
 
     /// Takes all of `wanted`, or nothing.
     pub fn reserve(self: &Arc<Self>, wanted: Resources) -> Result<Reservation, Exhausted> {
-        let taken = Amounts::from(wanted);
+        self.take(wanted.into())
+    }
+
+    /// Takes `wanted` as many times as asked, or nothing.
+    pub fn reserve_many(
+        self: &Arc<Self>,
+        wanted: Resources,
+        count: u32,
+    ) -> Result<Vec<Reservation>, Exhausted> {
+        let each = Amounts::from(wanted);
+        let mut all = self.take(each.times(count.into()))?;
+        Ok((0..count).map(|_| all.split(each)).collect())
+    }
+
+    fn take(self: &Arc<Self>, taken: Amounts) -> Result<Reservation, Exhausted> {
         let mut used = lock(&self.used);
         let left = self.capacity.minus(*used);
         let short: Vec<String> = [
@@ -77,8 +91,8 @@ impl Admission {
 
     /// Takes `existing` even beyond the capacity: for a sandbox that runs
     /// already, which counting cannot undo.
-    pub fn adopt(self: &Arc<Self>, existing: Resources) -> Reservation {
-        let taken = Amounts::from(existing);
+    pub fn adopt(self: &Arc<Self>, existing: impl Into<Amounts>) -> Reservation {
+        let taken = existing.into();
         let mut used = lock(&self.used);
         *used = used.plus(taken);
         self.reservation(taken)
@@ -89,6 +103,37 @@ impl Admission {
             admission: Arc::clone(self),
             taken,
         }
+    }
+}
+
+// === impl Reservation ===
+
+impl Reservation {
+    /// Gives vCPUs and memory back, and keeps the disk.
+    pub fn release_machine(&mut self) {
+        let disk = Amounts {
+            disk_mib: self.taken.disk_mib,
+            ..Amounts::default()
+        };
+        drop(self.split(self.taken.minus(disk)));
+    }
+
+    /// Takes vCPUs and memory again, both or neither.
+    pub fn regain_machine(&mut self, resources: Resources) -> Result<(), Exhausted> {
+        let machine = Amounts {
+            disk_mib: 0,
+            ..Amounts::from(resources)
+        };
+        let mut more = self.admission.take(machine)?;
+        self.taken = self.taken.plus(more.taken);
+        more.taken = Amounts::default();
+        Ok(())
+    }
+
+    /// Moves `part`, which it holds, into a reservation of its own.
+    fn split(&mut self, part: Amounts) -> Self {
+        self.taken = self.taken.minus(part);
+        self.admission.reservation(part)
     }
 }
 
@@ -115,6 +160,24 @@ impl Amounts {
             vcpus: self.vcpus.saturating_sub(other.vcpus),
             memory_mib: self.memory_mib.saturating_sub(other.memory_mib),
             disk_mib: self.disk_mib.saturating_sub(other.disk_mib),
+        }
+    }
+}
+
+impl Amounts {
+    fn times(self, count: u64) -> Self {
+        Self {
+            vcpus: self.vcpus.saturating_mul(count),
+            memory_mib: self.memory_mib.saturating_mul(count),
+            disk_mib: self.disk_mib.saturating_mul(count),
+        }
+    }
+
+    /// What a sandbox takes that does not run.
+    pub fn disk_of(resources: Resources) -> Self {
+        Self {
+            disk_mib: resources.disk_mib.into(),
+            ..Self::default()
         }
     }
 }
@@ -172,6 +235,38 @@ mod tests {
         assert_eq!(admission.allocatable().vcpus, 0);
         assert!(admission.reserve(resources(1, 128, 0)).is_err());
         drop(existing);
+        assert_eq!(admission.allocatable(), CAPACITY);
+    }
+
+    #[test]
+    fn many_are_reserved_together_or_not_at_all() {
+        let admission = Admission::new(CAPACITY);
+        let error = admission
+            .reserve_many(resources(3, 100, 10), 3)
+            .unwrap_err();
+        assert_eq!(error.short, ["vcpus (9 wanted, 8 left)"]);
+        let mut all = admission.reserve_many(resources(2, 100, 10), 3).unwrap();
+        assert_eq!((all.len(), admission.allocatable().vcpus), (3, 2));
+        all.truncate(1);
+        assert_eq!(admission.allocatable().memory_mib, 924);
+    }
+
+    #[test]
+    fn a_pause_keeps_only_the_disk() {
+        let admission = Admission::new(CAPACITY);
+        let mut paused = admission.reserve(resources(4, 1000, 96)).unwrap();
+        paused.release_machine();
+        let left = admission.allocatable();
+        assert_eq!(
+            (left.vcpus, left.memory_mib, left.disk_mib),
+            (8, 1024, 4000)
+        );
+        let other = admission.reserve(resources(5, 24, 0)).unwrap();
+        assert!(paused.regain_machine(resources(4, 1000, 96)).is_err());
+        drop(other);
+        paused.regain_machine(resources(4, 1000, 96)).unwrap();
+        assert_eq!(admission.allocatable().memory_mib, 24);
+        drop(paused);
         assert_eq!(admission.allocatable(), CAPACITY);
     }
 

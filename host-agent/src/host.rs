@@ -73,9 +73,13 @@ fn free_disk_mib(folder: &Path) -> std::io::Result<u64> {
     let file_system = rustix::fs::statvfs(folder)?;
     let free_bytes = file_system.f_bavail.saturating_mul(file_system.f_frsize);
     let mut held_bytes = 0_u64;
-    if let Ok(sandboxes) = std::fs::read_dir(folder.join("sandboxes")) {
-        for sandbox in sandboxes.flatten() {
-            for file in std::fs::read_dir(sandbox.path())
+    for kind in ["sandboxes", "snapshots"] {
+        for owner in std::fs::read_dir(folder.join(kind))
+            .into_iter()
+            .flatten()
+            .flatten()
+        {
+            for file in std::fs::read_dir(owner.path())
                 .into_iter()
                 .flatten()
                 .flatten()

@@ -21,6 +21,7 @@ pub mod monitor;
 pub mod record;
 pub mod sandbox;
 pub mod service;
+pub mod snapshot;
 pub mod status;
 pub mod store;
 mod sync;

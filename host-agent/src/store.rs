@@ -12,12 +12,13 @@ use std::thread::JoinHandle;
 use redb::{Database, ReadableDatabase as _, ReadableTable as _, TableDefinition};
 use tokio::sync::oneshot;
 
-use crate::id::SandboxId;
-use crate::record::{RequestRecord, SandboxRecord};
+use crate::id::{SandboxId, SnapshotId};
+use crate::record::{RequestRecord, SandboxRecord, SnapshotRecord};
 
 const META: TableDefinition<'_, &str, u64> = TableDefinition::new("meta");
 const SANDBOXES: TableDefinition<'_, &str, &[u8]> = TableDefinition::new("sandboxes");
 const REQUESTS: TableDefinition<'_, &str, &[u8]> = TableDefinition::new("requests");
+const SNAPSHOTS: TableDefinition<'_, &str, &[u8]> = TableDefinition::new("snapshots");
 
 /// Raised when an older daemon could no longer make sense of the tables.
 const SCHEMA_VERSION: u64 = 1;
@@ -33,6 +34,8 @@ pub enum Change {
     RemoveSandbox(SandboxId),
     PutRequest(String, RequestRecord),
     RemoveRequest(String),
+    PutSnapshot(SnapshotRecord),
+    RemoveSnapshot(SnapshotId),
 }
 
 /// What the database held when it was opened.
@@ -40,7 +43,8 @@ pub enum Change {
 pub struct Loaded {
     pub sandboxes: Vec<SandboxRecord>,
     pub requests: Vec<(String, RequestRecord)>,
-    /// The highest that a sandbox has had, also one that is gone.
+    pub snapshots: Vec<SnapshotRecord>,
+    /// The highest that a sandbox or snapshot has had, also one that is gone.
     pub last_sequence: u64,
 }
 
@@ -168,6 +172,7 @@ fn prepare(database: &Database) -> Result<u64, redb::Error> {
         }
         transaction.open_table(SANDBOXES)?;
         transaction.open_table(REQUESTS)?;
+        transaction.open_table(SNAPSHOTS)?;
     }
     transaction.commit()?;
     Ok(found)
@@ -175,8 +180,12 @@ fn prepare(database: &Database) -> Result<u64, redb::Error> {
 
 type Row = (String, Vec<u8>);
 
-/// Those of sandboxes and of requests.
-type Rows = (Vec<Row>, Vec<Row>);
+#[derive(Debug)]
+struct Rows {
+    sandboxes: Vec<Row>,
+    requests: Vec<Row>,
+    snapshots: Vec<Row>,
+}
 
 /// The highest sequence, and all rows.
 fn read(database: &Database) -> Result<(u64, Rows), redb::Error> {
@@ -191,7 +200,11 @@ fn read(database: &Database) -> Result<(u64, Rows), redb::Error> {
         }
         Ok(rows)
     };
-    let rows = (rows(SANDBOXES)?, rows(REQUESTS)?);
+    let rows = Rows {
+        sandboxes: rows(SANDBOXES)?,
+        requests: rows(REQUESTS)?,
+        snapshots: rows(SNAPSHOTS)?,
+    };
     Ok((last_sequence.unwrap_or(0), rows))
 }
 
@@ -209,13 +222,15 @@ fn decode(path: &Path, rows: Rows) -> Result<Loaded, OpenError> {
             }),
         }
     }
-    let (sandboxes, requests) = rows;
     let mut loaded = Loaded::default();
-    for row in sandboxes {
+    for row in rows.sandboxes {
         loaded.sandboxes.push(one(path, row)?.1);
     }
-    for row in requests {
+    for row in rows.requests {
         loaded.requests.push(one(path, row)?);
+    }
+    for row in rows.snapshots {
+        loaded.snapshots.push(one(path, row)?.1);
     }
     loaded
         .sandboxes
@@ -251,6 +266,9 @@ fn write<'a>(
         let mut requests = transaction
             .open_table(REQUESTS)
             .map_err(redb::Error::from)?;
+        let mut snapshots = transaction
+            .open_table(SNAPSHOTS)
+            .map_err(redb::Error::from)?;
         let mut last_sequence = 0;
         for change in changes {
             match change {
@@ -265,6 +283,12 @@ fn write<'a>(
                     requests.insert(id.as_str(), json.as_slice())
                 }
                 Change::RemoveRequest(id) => requests.remove(id.as_str()),
+                Change::PutSnapshot(record) => {
+                    last_sequence = last_sequence.max(record.sequence);
+                    let json = serde_json::to_vec(record)?;
+                    snapshots.insert(record.id.as_str(), json.as_slice())
+                }
+                Change::RemoveSnapshot(id) => snapshots.remove(id.as_str()),
             }
             .map_err(redb::Error::from)?;
         }

@@ -51,6 +51,42 @@ pub(super) enum Command {
     Get { id: String },
     /// Delete sandboxes.
     Rm(RmArgs),
+    /// Save a sandbox and give its CPU and memory back.
+    Pause {
+        id: String,
+        /// Compress the saved memory: smaller on disk, slower to resume.
+        #[arg(long)]
+        cold: bool,
+        /// Print to standard error where the time went.
+        #[arg(long)]
+        timings: bool,
+    },
+    /// Go on with a sandbox where it was paused.
+    Resume {
+        id: String,
+        /// Print to standard error where the time went.
+        #[arg(long)]
+        timings: bool,
+    },
+    /// Save a sandbox, which goes on, so that others can be made from it.
+    #[command(args_conflicts_with_subcommands = true, subcommand_negates_reqs = true)]
+    Snapshot {
+        #[command(subcommand)]
+        command: Option<SnapshotCommand>,
+        #[command(flatten)]
+        args: SnapshotArgs,
+    },
+    /// Take a sandbox back to a snapshot of it; what it did since is lost.
+    Rollback {
+        id: String,
+        /// The snapshot's id.
+        snapshot: String,
+        /// Print to standard error where the time went.
+        #[arg(long)]
+        timings: bool,
+    },
+    /// Make copies of a running sandbox and print their ids.
+    Fork(ForkArgs),
     /// Print sandboxes, then each change, until interrupted.
     Watch {
         /// Only those with this label; may be repeated.
@@ -72,6 +108,64 @@ pub(super) enum Command {
 pub(super) enum TemplateCommand {
     /// List templates.
     Ls,
+}
+
+#[derive(Debug, Subcommand)]
+pub(super) enum SnapshotCommand {
+    /// List snapshots in the order of their making.
+    Ls {
+        /// Only those of this sandbox.
+        #[arg(long, default_value = "", hide_default_value = true)]
+        sandbox: String,
+        /// Only those with this label; may be repeated.
+        #[arg(long = "label", value_name = "KEY=VALUE", value_parser = pair)]
+        labels: Vec<(String, String)>,
+    },
+    /// Delete snapshots that nothing builds on.
+    Rm {
+        #[arg(required = true)]
+        ids: Vec<String>,
+    },
+}
+
+#[derive(Debug, clap::Args)]
+pub(super) struct SnapshotArgs {
+    /// The sandbox.
+    #[arg(required = true)]
+    pub(super) id: Option<String>,
+    /// Make it a template of this name.
+    #[arg(long, default_value = "", hide_default_value = true)]
+    pub(super) name: String,
+    /// A label; may be repeated.
+    #[arg(long = "label", value_name = "KEY=VALUE", value_parser = pair)]
+    pub(super) labels: Vec<(String, String)>,
+    /// Compress the memory: smaller on disk, the first restore slower.
+    #[arg(long)]
+    pub(super) cold: bool,
+    /// Print to standard error where the time went.
+    #[arg(long)]
+    pub(super) timings: bool,
+}
+
+#[derive(Debug, clap::Args)]
+pub(super) struct ForkArgs {
+    /// The sandbox to copy.
+    pub(super) id: String,
+    /// How many copies, 1 to 1000.
+    #[arg(long, short = 'n', default_value_t = 1)]
+    pub(super) count: u32,
+    /// Delete each copy after this long, such as 90s, 10m or 2h [default: the node's].
+    #[arg(long, value_parser = duration)]
+    pub(super) ttl: Option<Duration>,
+    /// A label of the copies; may be repeated.
+    #[arg(long = "label", value_name = "KEY=VALUE", value_parser = pair)]
+    pub(super) labels: Vec<(String, String)>,
+    /// Delete the sandbox itself once its copies run.
+    #[arg(long)]
+    pub(super) delete_parent: bool,
+    /// Print to standard error where the time went.
+    #[arg(long)]
+    pub(super) timings: bool,
 }
 
 #[derive(Debug, clap::Args)]
@@ -129,7 +223,7 @@ pub(super) struct RmArgs {
 
 #[derive(Debug, clap::Args)]
 pub(super) struct SandboxArgs {
-    /// What to make it from [default: the node's].
+    /// What to make it from: a template, or a snapshot's name or id [default: the node's].
     #[arg(long, default_value = "", hide_default_value = true)]
     pub(super) template: String,
     /// Virtual CPUs, 1 to 32 [default: the node's].
@@ -235,6 +329,27 @@ mod tests {
         assert_eq!(run.argv[..3], ["ls", "-l", "--keep"].map(OsString::from));
         assert_eq!(run.argv.last(), Some(&odd));
         assert!(run.process.interactive && !run.keep);
+    }
+
+    #[test]
+    fn a_snapshot_is_made_unless_a_subcommand_says_otherwise() {
+        let parse = |args: &[&str]| {
+            let all = ["soulbox", "snapshot"].iter().chain(args);
+            Args::try_parse_from(all).map(|args| args.command)
+        };
+        let Ok(Command::Snapshot { command, args }) = parse(&["sb-x", "--name", "warm"]) else {
+            panic!("not parsed");
+        };
+        assert!(command.is_none());
+        assert_eq!(
+            (args.id.as_deref(), args.name.as_str()),
+            (Some("sb-x"), "warm")
+        );
+        let Ok(Command::Snapshot { command, .. }) = parse(&["rm", "sn-x"]) else {
+            panic!("not parsed");
+        };
+        assert!(matches!(command, Some(SnapshotCommand::Rm { ids }) if ids == ["sn-x"]));
+        assert!(parse(&[]).is_err() && parse(&["rm"]).is_err());
     }
 
     #[test]

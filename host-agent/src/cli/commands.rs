@@ -109,7 +109,12 @@ pub(super) async fn rm(host: &Host, args: RmArgs) -> Result<u8, CliError> {
     if failed == 0 {
         Ok(0)
     } else {
-        Err(CliError::NotDeleted { failed, asked })
+        let what = "sandboxes";
+        Err(CliError::NotDeleted {
+            failed,
+            asked,
+            what,
+        })
     }
 }
 

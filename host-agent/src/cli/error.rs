@@ -31,8 +31,12 @@ pub(super) enum CliError {
     Output(#[source] io::Error),
     #[error("the runtime cannot be started ({source}); see the limits on threads and open files")]
     Runtime { source: io::Error },
-    #[error("{failed} of {asked} sandboxes were not deleted; see above")]
-    NotDeleted { failed: usize, asked: usize },
+    #[error("{failed} of {asked} {what} were not deleted; see above")]
+    NotDeleted {
+        failed: usize,
+        asked: usize,
+        what: &'static str,
+    },
     /// Nothing to say: the one who asked for it knows.
     #[error("interrupted")]
     Interrupted,

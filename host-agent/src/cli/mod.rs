@@ -8,13 +8,14 @@ mod exec;
 mod output;
 mod run;
 mod signals;
+mod snapshots;
 mod stdio;
 
 use std::process::ExitCode;
 
 use clap::{CommandFactory as _, Parser as _};
 
-use self::args::{Args, Command, TemplateCommand};
+use self::args::{Args, Command, SnapshotCommand, TemplateCommand};
 use self::error::CliError;
 
 /// What `run` and `exec` end with when the fault is SoulBox's and not the
@@ -72,6 +73,23 @@ async fn dispatch(args: Args) -> Result<u8, CliError> {
         Command::Ls { labels } => commands::ls(&host, output, labels).await,
         Command::Get { id } => commands::get(&host, output, id).await,
         Command::Rm(rm) => commands::rm(&host, rm).await,
+        Command::Pause { id, cold, timings } => {
+            snapshots::pause(&host, output, id, cold, timings).await
+        }
+        Command::Resume { id, timings } => snapshots::resume(&host, output, id, timings).await,
+        Command::Snapshot { command, args } => match command {
+            None => snapshots::make(&host, output, args).await,
+            Some(SnapshotCommand::Ls { sandbox, labels }) => {
+                snapshots::ls(&host, output, sandbox, labels).await
+            }
+            Some(SnapshotCommand::Rm { ids }) => snapshots::rm(&host, ids).await,
+        },
+        Command::Rollback {
+            id,
+            snapshot,
+            timings,
+        } => snapshots::roll_back(&host, output, id, snapshot, timings).await,
+        Command::Fork(fork) => snapshots::fork(&host, output, fork).await,
         Command::Watch { labels } => commands::watch(&host, output, labels).await,
         Command::Node => commands::node(&host, output).await,
         Command::Template {

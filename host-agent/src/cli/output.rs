@@ -8,7 +8,7 @@ use prost_types::Timestamp;
 use serde_json::{Value, json};
 use soulbox_proto::host::v1::watch_sandboxes_response::Kind;
 use soulbox_proto::host::v1::{
-    Node, Resources64, Sandbox, StageTime, Template, Usage, WatchSandboxesResponse,
+    Node, Resources64, Sandbox, Snapshot, StageTime, Template, Usage, WatchSandboxesResponse,
 };
 
 use super::args::Output;
@@ -35,6 +35,8 @@ pub(super) fn sandbox(sandbox: &Sandbox) -> Value {
         "memory_mib": resources.memory_mib,
         "disk_mib": resources.disk_mib,
         "labels": sandbox.labels,
+        "snapshot_id": sandbox.snapshot_id,
+        "parent_id": sandbox.parent_id,
         "create_time": sandbox.create_time.map(rfc3339),
         "expire_time": sandbox.expire_time.map(rfc3339),
         "failure": sandbox.failure.as_ref().map(|failure| json!({
@@ -45,10 +47,30 @@ pub(super) fn sandbox(sandbox: &Sandbox) -> Value {
     })
 }
 
+pub(super) fn snapshot(snapshot: &Snapshot) -> Value {
+    let resources = snapshot.resources.unwrap_or_default();
+    json!({
+        "id": snapshot.id,
+        "name": snapshot.name,
+        "template": snapshot.template,
+        "sandbox_id": snapshot.sandbox_id,
+        "parent_id": snapshot.parent_id,
+        "vcpus": resources.vcpus,
+        "memory_mib": resources.memory_mib,
+        "disk_mib": resources.disk_mib,
+        "labels": snapshot.labels,
+        "create_time": snapshot.create_time.map(rfc3339),
+        "memory_bytes": snapshot.memory_bytes,
+        "disk_bytes": snapshot.disk_bytes,
+        "cold": snapshot.cold,
+        "users": snapshot.users,
+    })
+}
+
 pub(super) fn usage(usage: Option<&Usage>) -> Value {
     usage.map_or(Value::Null, |usage| {
         json!({
-            "guest_resident_bytes": usage.guest_resident_bytes,
+            "guest_private_bytes": usage.guest_private_bytes,
             "monitor_private_bytes": usage.monitor_private_bytes,
             "disk_used_bytes": usage.disk_used_bytes,
         })
@@ -120,13 +142,21 @@ pub(super) fn sandbox_table(sandboxes: &[Sandbox]) -> Result<(), CliError> {
 
 pub(super) fn sandbox_details(sandbox: &Sandbox, usage: Option<&Usage>) -> Result<(), CliError> {
     sandbox_table(std::slice::from_ref(sandbox))?;
+    for (what, id) in [
+        ("from snapshot", &sandbox.snapshot_id),
+        ("forked from", &sandbox.parent_id),
+    ] {
+        if !id.is_empty() {
+            line(&format!("{what} {id}"))?;
+        }
+    }
     for (key, value) in &sandbox.labels {
         line(&format!("label {key}={value}"))?;
     }
     if let Some(usage) = usage {
         line(&format!(
             "uses {} MiB of guest memory, {} KiB in its monitor, {} MiB of disk",
-            usage.guest_resident_bytes / MIB,
+            usage.guest_private_bytes / MIB,
             usage.monitor_private_bytes / 1024,
             usage.disk_used_bytes / MIB
         ))?;
@@ -203,6 +233,26 @@ pub(super) fn template_table(templates: &[Template]) -> Result<(), CliError> {
     line(&trim(&table))
 }
 
+pub(super) fn snapshot_table(snapshots: &[Snapshot]) -> Result<(), CliError> {
+    let mut table = table(&[
+        "ID", "NAME", "TEMPLATE", "SANDBOX", "MEMORY", "DISK", "AGE", "USERS",
+    ]);
+    for snapshot in snapshots {
+        let mib = |bytes: u64| format!("{:.1} MiB", bytes as f64 / MIB as f64);
+        table.add_row([
+            snapshot.id.clone(),
+            snapshot.name.clone(),
+            snapshot.template.clone(),
+            snapshot.sandbox_id.clone(),
+            mib(snapshot.memory_bytes) + if snapshot.cold { " cold" } else { "" },
+            mib(snapshot.disk_bytes),
+            snapshot.create_time.map(age).unwrap_or_default(),
+            snapshot.users.len().to_string(),
+        ]);
+    }
+    line(&trim(&table))
+}
+
 /// One line for each change, so that programs can read it as it comes.
 pub(super) fn change(format: Output, change: &WatchSandboxesResponse) -> Result<(), CliError> {
     let kind = match change.kind() {
@@ -221,11 +271,7 @@ pub(super) fn change(format: Output, change: &WatchSandboxesResponse) -> Result<
 /// Where the time went, to standard error: standard output is the program's.
 pub(super) fn stages(format: Output, stages: &[StageTime]) {
     if format == Output::Json {
-        let stages: Vec<Value> = stages
-            .iter()
-            .map(|stage| json!({"stage": stage.stage, "duration_us": stage.duration_us}))
-            .collect();
-        eprintln!("{}", json!({ "stages": stages }));
+        eprintln!("{}", json!({ "stages": stages_json(stages) }));
         return;
     }
     let mut table = table(&["STAGE", "MS"]);
@@ -237,6 +283,13 @@ pub(super) fn stages(format: Output, stages: &[StageTime]) {
         column.set_cell_alignment(comfy_table::CellAlignment::Right);
     }
     eprintln!("{}", trim(&table));
+}
+
+pub(super) fn stages_json(stages: &[StageTime]) -> Value {
+    stages
+        .iter()
+        .map(|stage| json!({"stage": stage.stage, "duration_us": stage.duration_us}))
+        .collect()
 }
 
 fn table(header: &[&str]) -> Table {
@@ -258,6 +311,9 @@ fn state(sandbox: &Sandbox) -> &'static str {
         SandboxState::Stopping => "stopping",
         SandboxState::Stopped => "stopped",
         SandboxState::Failed => "failed",
+        SandboxState::Pausing => "pausing",
+        SandboxState::Paused => "paused",
+        SandboxState::Resuming => "resuming",
         SandboxState::Unspecified => "unknown",
     }
 }

@@ -26,7 +26,38 @@ pub struct Config {
     pub defaults: Defaults,
     pub limits: Limits,
     pub timeouts: Timeouts,
+    pub shells: Shells,
+    pub templates: Templates,
     pub shutdown: Shutdown,
+}
+
+/// Monitors that wait for a machine.
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Shells {
+    /// Of each shape, however little is asked for.
+    pub minimum: u32,
+    /// Of each shape, however much is asked for. Zero: none are kept.
+    pub maximum: u32,
+    pub refill_per_second: u32,
+    /// Empty: the one that `defaults` give.
+    pub shapes: Vec<ShellShape>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ShellShape {
+    pub vcpus: u32,
+    pub memory_mib: u32,
+}
+
+/// Snapshots that sandboxes of a template start from.
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Templates {
+    pub snapshot: bool,
+    /// Programs and their arguments, run before the snapshot is made.
+    pub warm_up: Vec<Vec<String>>,
 }
 
 #[derive(Debug, Clone, PartialEq, Deserialize)]
@@ -84,6 +115,7 @@ pub struct Limits {
 pub struct Timeouts {
     pub boot_ms: u64,
     pub clean_stop_ms: u64,
+    pub snapshot_ms: u64,
     pub drain_ms: u64,
 }
 
@@ -189,6 +221,10 @@ impl Timeouts {
         Duration::from_millis(self.clean_stop_ms)
     }
 
+    pub fn snapshot(&self) -> Duration {
+        Duration::from_millis(self.snapshot_ms)
+    }
+
     pub fn drain(&self) -> Duration {
         Duration::from_millis(self.drain_ms)
     }
@@ -246,7 +282,32 @@ impl Default for Timeouts {
         Self {
             boot_ms: 60_000,
             clean_stop_ms: 5_000,
+            snapshot_ms: 120_000,
             drain_ms: 30_000,
+        }
+    }
+}
+
+impl Default for Shells {
+    fn default() -> Self {
+        Self {
+            minimum: 2,
+            maximum: 64,
+            refill_per_second: 100,
+            shapes: Vec::new(),
+        }
+    }
+}
+
+impl Default for Templates {
+    fn default() -> Self {
+        let program = |argv: [&str; 3]| argv.map(str::to_owned).to_vec();
+        Self {
+            snapshot: true,
+            warm_up: vec![
+                program(["python3", "-c", "import json, random, ssl, subprocess"]),
+                program(["node", "-e", "0"]),
+            ],
         }
     }
 }

@@ -20,6 +20,8 @@ pub struct Violation {
 const MAX_SOCKET_PATH_BYTES: usize = 107;
 /// A day: more is surely a mistake of units.
 const MAX_TIMEOUT_MS: u64 = 24 * 60 * 60 * 1000;
+/// Each is a process with a descriptor for each of its parts.
+const MAX_SHELLS: u32 = 10_000;
 
 pub(super) fn validate(config: &Config) -> Vec<Violation> {
     let mut found = Vec::new();
@@ -27,6 +29,7 @@ pub(super) fn validate(config: &Config) -> Vec<Violation> {
     paths(config, &mut found);
     amounts(config, &mut found);
     times(config, &mut found);
+    shells(config, &mut found);
     found
 }
 
@@ -157,6 +160,7 @@ fn times(config: &Config, found: &mut Vec<Violation>) {
     let given = [
         ("timeouts.boot_ms", timeouts.boot_ms, 1),
         ("timeouts.clean_stop_ms", timeouts.clean_stop_ms, 0),
+        ("timeouts.snapshot_ms", timeouts.snapshot_ms, 1),
         ("timeouts.drain_ms", timeouts.drain_ms, 0),
     ];
     for (field, value, least) in given {
@@ -184,6 +188,45 @@ fn times(config: &Config, found: &mut Vec<Violation>) {
             field: "defaults.ttl_seconds",
             mend: format!("is {ttl}, more than limits.max_ttl_seconds ({max}); lower it"),
         });
+    }
+}
+
+fn shells(config: &Config, found: &mut Vec<Violation>) {
+    let shells = &config.shells;
+    let mut wrong = |field, mend: String| found.push(Violation { field, mend });
+    if shells.maximum > MAX_SHELLS {
+        let mend = format!("is {}; give 0 to {MAX_SHELLS}", shells.maximum);
+        wrong("shells.maximum", mend);
+    }
+    if shells.minimum > shells.maximum {
+        wrong(
+            "shells.minimum",
+            format!(
+                "is {}, more than shells.maximum ({}); lower it",
+                shells.minimum, shells.maximum
+            ),
+        );
+    }
+    if !(1..=MAX_SHELLS).contains(&shells.refill_per_second) {
+        let mend = format!("is {}; give 1 to {MAX_SHELLS}", shells.refill_per_second);
+        wrong("shells.refill_per_second", mend);
+    }
+    for shape in &shells.shapes {
+        let fits = (1..=MAX_VCPUS).contains(&shape.vcpus)
+            && (MIN_MEMORY_MIB..=MAX_MEMORY_MIB).contains(&shape.memory_mib);
+        if !fits {
+            wrong(
+                "shells.shapes",
+                format!(
+                    "has {} vCPUs with {} MiB; give 1 to {MAX_VCPUS} with {MIN_MEMORY_MIB} to {MAX_MEMORY_MIB}",
+                    shape.vcpus, shape.memory_mib
+                ),
+            );
+        }
+    }
+    if config.templates.warm_up.iter().any(Vec::is_empty) {
+        let mend = "has a program without a name; give each as [\"NAME\", \"ARGUMENT\"…]";
+        wrong("templates.warm_up", mend.to_owned());
     }
 }
 
@@ -244,7 +287,19 @@ mod tests {
                 "timeouts.clean_stop_ms",
                 "clean_stop_ms = 86400001".to_owned(),
             ),
+            ("timeouts.snapshot_ms", "snapshot_ms = 0".to_owned()),
             ("timeouts.drain_ms", "drain_ms = 86400001".to_owned()),
+            ("shells.minimum", "minimum = 65".to_owned()),
+            ("shells.maximum", "maximum = 10001".to_owned()),
+            (
+                "shells.refill_per_second",
+                "refill_per_second = 0".to_owned(),
+            ),
+            (
+                "shells.shapes",
+                "shapes = [{ vcpus = 0, memory_mib = 512 }]".to_owned(),
+            ),
+            ("templates.warm_up", "warm_up = [[]]".to_owned()),
         ];
         for (field, line) in cases {
             let section = field.split('.').next().unwrap();

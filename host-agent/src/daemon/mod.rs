@@ -78,6 +78,7 @@ async fn run(config: Config) -> anyhow::Result<()> {
     };
     tracing::info!(
         adopted = summary.adopted,
+        paused = summary.paused,
         failed = summary.failed,
         undone = summary.undone,
         deleted = summary.deleted,

@@ -2,13 +2,18 @@
 //! as with Firecracker and Cloud Hypervisor.
 
 use std::io;
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
 
 use hyper_util::rt::TokioIo;
+use rustix::net::RecvFlags;
 use soulbox_proto::guest::RPC_PORT;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::UnixStream;
 use tonic::transport::{Channel, Endpoint};
+
+use crate::sync::lock;
 
 /// "OK 4294967295\n".
 const MAX_ANSWER_BYTES: usize = 14;
@@ -16,16 +21,67 @@ const MAX_ANSWER_BYTES: usize = 14;
 /// 64 KiB. A connection has one Exec, so its window is the stream's.
 const WINDOW_BYTES: u32 = 1024 * 1024;
 
-/// Dials when it is first used, and again whenever its connection is lost.
-pub(super) fn channel(vsock_socket: PathBuf) -> Channel {
-    // The name only fills HTTP's authority.
-    Endpoint::from_static("http://guest")
-        .initial_stream_window_size(WINDOW_BYTES)
-        .initial_connection_window_size(WINDOW_BYTES)
-        .connect_with_connector_lazy(tower::service_fn(move |_| {
-            let path = vsock_socket.clone();
-            async move { dial(&path).await.map(TokioIo::new) }
-        }))
+/// Ways to one guest's port: spare connections that it has accepted already, as
+/// long as there are any, then new ones.
+#[derive(Debug)]
+pub(super) struct Dialler {
+    vsock_socket: PathBuf,
+    spares: Mutex<Vec<OwnedFd>>,
+}
+
+// === impl Dialler ===
+
+impl Dialler {
+    pub(super) fn new(vsock_socket: &Path, spares: Vec<OwnedFd>) -> Arc<Self> {
+        Arc::new(Self {
+            vsock_socket: vsock_socket.to_owned(),
+            spares: Mutex::new(spares),
+        })
+    }
+
+    /// Connects when it is first used, and again whenever its connection is lost.
+    pub(super) fn channel(self: &Arc<Self>) -> Channel {
+        let dialler = Arc::clone(self);
+        // The name only fills HTTP's authority.
+        Endpoint::from_static("http://guest")
+            .initial_stream_window_size(WINDOW_BYTES)
+            .initial_connection_window_size(WINDOW_BYTES)
+            .connect_with_connector_lazy(tower::service_fn(move |_| {
+                let dialler = Arc::clone(&dialler);
+                async move { dialler.connect().await.map(TokioIo::new) }
+            }))
+    }
+
+    async fn connect(&self) -> io::Result<UnixStream> {
+        while let Some(spare) = self.take_spare() {
+            if is_open(&spare)
+                && let Ok(stream) = into_stream(spare)
+            {
+                return Ok(stream);
+            }
+        }
+        dial(&self.vsock_socket).await
+    }
+
+    fn take_spare(&self) -> Option<OwnedFd> {
+        lock(&self.spares).pop()
+    }
+}
+
+/// Whether the guest has not closed its end. An agent may have said its part of
+/// the handshake already.
+fn is_open(spare: &OwnedFd) -> bool {
+    let flags = RecvFlags::PEEK | RecvFlags::DONTWAIT;
+    match rustix::net::recv(spare, &mut [0_u8; 1], flags) {
+        Ok((received, _)) => received > 0,
+        Err(error) => error == rustix::io::Errno::WOULDBLOCK,
+    }
+}
+
+fn into_stream(spare: OwnedFd) -> io::Result<UnixStream> {
+    let stream = std::os::unix::net::UnixStream::from(spare);
+    stream.set_nonblocking(true)?;
+    UnixStream::from_std(stream)
 }
 
 async fn dial(path: &Path) -> io::Result<UnixStream> {
@@ -81,6 +137,23 @@ mod tests {
             dial_against(b"OK 1073741824\nPRI *").await.unwrap(),
             b"PRI *"
         );
+    }
+
+    #[tokio::test]
+    async fn spares_come_first_unless_the_guest_has_closed_them() {
+        let folder = tempfile::tempdir().unwrap();
+        let (open, mut guest) = std::os::unix::net::UnixStream::pair().unwrap();
+        std::io::Write::write_all(&mut guest, b"hello").unwrap();
+        let (idle, _idle_guest) = std::os::unix::net::UnixStream::pair().unwrap();
+        let (closed, _) = std::os::unix::net::UnixStream::pair().unwrap();
+        let spares = vec![idle.into(), open.into(), closed.into()];
+        let dialler = Dialler::new(&folder.path().join("none"), spares);
+        let mut first = dialler.connect().await.unwrap();
+        let mut said = [0; 5];
+        first.read_exact(&mut said).await.unwrap();
+        assert_eq!(&said, b"hello");
+        dialler.connect().await.unwrap();
+        assert!(dialler.connect().await.is_err());
     }
 
     #[tokio::test]

@@ -4,20 +4,26 @@
 mod connect;
 mod hello;
 
-use std::path::{Path, PathBuf};
+use std::os::fd::OwnedFd;
+use std::path::Path;
+use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use soulbox_proto::guest::v1::process_service_client::ProcessServiceClient;
 use soulbox_proto::guest::v1::system_service_client::SystemServiceClient;
 use soulbox_proto::guest::v1::{
     ConfigureRequest, ExecRequest, ExecResponse, HealthRequest, HealthResponse, ProcessSpec,
-    ShutdownRequest, exec_request, exec_response, exited,
+    ShutdownRequest, SuspendRequest, exec_request, exec_response, exited,
 };
 use tokio_stream::Stream;
 use tonic::transport::Channel;
 use tonic::{Code, Status, Streaming};
 
+use connect::Dialler;
 pub use hello::{HelloError, read_hello};
+
+/// A key of the kernel's generator has half of it.
+const ENTROPY_BYTES: usize = 64;
 
 /// A way to one guest's agent.
 ///
@@ -25,9 +31,18 @@ pub use hello::{HelloError, read_hello};
 /// share its window, and one that nobody reads would hold up all others.
 #[derive(Debug, Clone)]
 pub struct Guest {
-    vsock_socket: PathBuf,
+    dialler: Arc<Dialler>,
     /// For calls that are short both ways; clones share it.
     control: Channel,
+}
+
+/// Who a guest is from now on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Identity<'a> {
+    /// A new one, of this name.
+    New(&'a str),
+    /// The one that it had.
+    Same,
 }
 
 // === impl Guest ===
@@ -35,19 +50,44 @@ pub struct Guest {
 impl Guest {
     /// A client that dials through `vsock_socket` when it is first used.
     pub fn new(vsock_socket: &Path) -> Self {
+        Self::restored(vsock_socket, Vec::new())
+    }
+
+    /// As [`Self::new`], with connections that the guest has accepted already.
+    pub fn restored(vsock_socket: &Path, spares: Vec<OwnedFd>) -> Self {
+        let dialler = Dialler::new(vsock_socket, spares);
         Self {
-            vsock_socket: vsock_socket.to_owned(),
-            control: connect::channel(vsock_socket.to_owned()),
+            control: dialler.channel(),
+            dialler,
         }
     }
 
-    /// Tells the guest its name and the time.
-    pub async fn configure(&self, hostname: &str) -> Result<(), Status> {
+    /// Tells the guest who it is and what time it is, and gives it randomness that
+    /// no copy of it has. Its programs run from then on.
+    pub async fn configure(&self, identity: Identity<'_>) -> Result<(), Status> {
+        let mut entropy = vec![0; ENTROPY_BYTES];
+        let filled = rustix::rand::getrandom(
+            entropy.as_mut_slice(),
+            rustix::rand::GetRandomFlags::empty(),
+        );
+        filled.map_err(|error| Status::internal(format!("the host has no randomness: {error}")))?;
+        let (hostname, new_identity) = match identity {
+            Identity::New(name) => (name.to_owned(), true),
+            Identity::Same => (String::new(), false),
+        };
         let request = ConfigureRequest {
-            hostname: hostname.to_owned(),
+            hostname,
             wall_clock: Some(SystemTime::now().into()),
+            entropy: entropy.into(),
+            new_identity,
         };
         self.system().configure(request).await?;
+        Ok(())
+    }
+
+    /// Stops the guest's programs where they are, until it is configured again.
+    pub async fn suspend(&self) -> Result<(), Status> {
+        self.system().suspend(SuspendRequest {}).await?;
         Ok(())
     }
 
@@ -65,16 +105,20 @@ impl Guest {
         &self,
         input: impl Stream<Item = ExecRequest> + Send + 'static,
     ) -> Result<Streaming<ExecResponse>, Status> {
-        let channel = connect::channel(self.vsock_socket.clone());
-        let mut client = ProcessServiceClient::new(channel);
+        let mut client = ProcessServiceClient::new(self.dialler.channel());
         Ok(client.exec(input).await?.into_inner())
     }
 
     /// Runs `/bin/true`: the proof that programs run. It reads and says nothing,
     /// so it needs no connection of its own.
     pub async fn prove_exec(&self) -> Result<(), Status> {
+        self.run(&["/bin/true".to_owned()]).await
+    }
+
+    /// Runs a program as root, and does not look at what it says.
+    pub async fn run(&self, argv: &[String]) -> Result<(), Status> {
         let start = ProcessSpec {
-            argv: vec!["/bin/true".into()],
+            argv: argv.iter().map(|arg| arg.clone().into()).collect(),
             cwd: "/".into(),
             user: "0:0".to_owned(),
             timeout: Duration::from_secs(60).try_into().ok(),
@@ -90,7 +134,10 @@ impl Guest {
             if let Some(exec_response::Event::Exited(exited)) = response.event {
                 return match exited.status {
                     Some(exited::Status::Code(0)) => Ok(()),
-                    other => Err(Status::internal(format!("/bin/true ended with {other:?}"))),
+                    other => Err(Status::internal(format!(
+                        "{} ended with {other:?}",
+                        argv.first().map_or("", String::as_str)
+                    ))),
                 };
             }
         }

@@ -24,8 +24,10 @@ const MAX_WAITING_CONNECTIONS: usize = 16;
 /// What is kept of a monitor's sentence, and of a stage's name.
 const MAX_SENTENCE_CHARS: usize = 500;
 const MAX_STAGE_CHARS: usize = 32;
-/// What is kept of a boot's stages; a monitor has six.
+/// What is kept of an operation's stages; a monitor has fewer.
 const MAX_STAGES: usize = 16;
+/// Spare connections that a restore may hand over.
+const MAX_SPARES: usize = 16;
 
 /// The control socket of one monitor. It is closed when this is dropped.
 #[derive(Debug)]
@@ -64,11 +66,14 @@ pub enum RequestError {
     Send(#[source] std::io::Error),
 }
 
+/// A reply and what travelled beside it.
+type Answer = (reply::Result, Vec<OwnedFd>);
+
 #[derive(Debug, Default)]
 struct Pending {
     next_id: u64,
     /// None once the socket is closed.
-    waiting: Option<HashMap<u64, oneshot::Sender<reply::Result>>>,
+    waiting: Option<HashMap<u64, oneshot::Sender<Answer>>>,
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -120,6 +125,16 @@ impl Control {
         op: request::Op,
         fds: &[BorrowedFd<'_>],
     ) -> Result<reply::Result, RequestError> {
+        let (result, _none) = self.exchange(op, fds).await?;
+        Ok(result)
+    }
+
+    /// As [`Self::request`], for a reply that descriptors come with.
+    pub async fn exchange(
+        &self,
+        op: request::Op,
+        fds: &[BorrowedFd<'_>],
+    ) -> Result<(reply::Result, Vec<OwnedFd>), RequestError> {
         let (answer, answered) = oneshot::channel();
         let id = {
             let mut pending = lock(&self.pending);
@@ -136,18 +151,14 @@ impl Control {
             .await
             .map_err(RequestError::Send)?;
         match answered.await {
-            Ok(reply::Result::Error(mut error)) => {
+            Ok((reply::Result::Error(mut error), _)) => {
                 error.message = printable(&error.message, MAX_SENTENCE_CHARS);
                 Err(RequestError::Refused(error))
             }
-            Ok(reply::Result::Booted(mut booted)) => {
-                booted.stages.truncate(MAX_STAGES);
-                for stage in &mut booted.stages {
-                    stage.stage = printable(&stage.stage, MAX_STAGE_CHARS);
-                }
-                Ok(reply::Result::Booted(booted))
+            Ok((mut result, fds)) => {
+                tidy_stages(&mut result);
+                Ok((result, fds))
             }
-            Ok(result) => Ok(result),
             Err(_) => Err(RequestError::Closed),
         }
     }
@@ -202,14 +213,14 @@ impl Reader {
         let message = FromMonitor::decode(bytes.as_slice()).map_err(ProtocolError::Decode)?;
         match message.message.ok_or(ProtocolError::Empty)? {
             Message::Reply(reply) => {
-                expect_descriptors(&fds, 0)?;
-                self.answer(reply)
+                expect_descriptors(&fds, spares(&reply))?;
+                self.answer(reply, fds)
             }
             Message::Event(event) => self.note(event.event.ok_or(ProtocolError::Empty)?, fds),
         }
     }
 
-    fn answer(&self, reply: proto::Reply) -> Result<(), ProtocolError> {
+    fn answer(&self, reply: proto::Reply, fds: Vec<OwnedFd>) -> Result<(), ProtocolError> {
         let result = reply.result.ok_or(ProtocolError::Empty)?;
         let mut pending = lock(&self.pending);
         let waiting = pending
@@ -218,7 +229,7 @@ impl Reader {
             .and_then(|waiting| waiting.remove(&reply.id));
         if let Some(waiting) = waiting {
             // The asker may have given up; that is no fault of the monitor's.
-            let _ = waiting.send(result);
+            let _ = waiting.send((result, fds));
             return Ok(());
         }
         // An asker that gave up has been forgotten; an id that was never given
@@ -257,6 +268,30 @@ impl Reader {
             }
         }
         Ok(())
+    }
+}
+
+/// How many descriptors come with a reply.
+fn spares(reply: &proto::Reply) -> usize {
+    match &reply.result {
+        // Others do not fit into a datagram either way.
+        Some(reply::Result::Restored(restored)) => restored.spare_ports.len().min(MAX_SPARES),
+        _ => 0,
+    }
+}
+
+/// What a monitor says of its stages is bounded, and fit to be printed.
+fn tidy_stages(result: &mut reply::Result) {
+    let stages = match result {
+        reply::Result::Booted(booted) => &mut booted.stages,
+        reply::Result::Prepared(prepared) => &mut prepared.stages,
+        reply::Result::Restored(restored) => &mut restored.stages,
+        reply::Result::Snapshotted(snapshotted) => &mut snapshotted.stages,
+        _ => return,
+    };
+    stages.truncate(MAX_STAGES);
+    for stage in stages {
+        stage.stage = printable(&stage.stage, MAX_STAGE_CHARS);
     }
 }
 
@@ -417,6 +452,35 @@ mod tests {
             let message = broken(observed).await;
             assert!(message.contains(expected), "{message}");
         }
+    }
+
+    #[tokio::test]
+    async fn a_restore_brings_its_spare_connections() {
+        let (control, _connections, _observed, monitor) = start();
+        let restored = |spare_ports| {
+            reply::Result::Restored(proto::Restored {
+                spare_ports,
+                ..proto::Restored::default()
+            })
+        };
+        let file = std::fs::File::open("/dev/null").unwrap();
+        let op = || request::Op::Restore(proto::Restore::default());
+        let (answered, ()) = tokio::join!(control.exchange(op(), &[]), async {
+            monitor.receive().await.unwrap().unwrap();
+            let bytes = reply(1, restored(vec![1024, 1024]));
+            monitor
+                .send(&bytes, &[file.as_fd(), file.as_fd()])
+                .await
+                .unwrap();
+        });
+        assert_eq!(answered.unwrap().1.len(), 2);
+        // One descriptor fewer than it names: the connection is over.
+        let (answered, ()) = tokio::join!(control.exchange(op(), &[]), async {
+            monitor.receive().await.unwrap().unwrap();
+            let bytes = reply(2, restored(vec![1024, 1024]));
+            monitor.send(&bytes, &[file.as_fd()]).await.unwrap();
+        });
+        assert!(matches!(answered, Err(RequestError::Closed)));
     }
 
     #[tokio::test]

@@ -7,6 +7,6 @@ mod socket;
 mod spawn;
 
 pub use client::{Connection, Control, Observed, RequestError};
-pub use process::{MonitorProcess, ProcessError, private_bytes, stray_monitors};
+pub use process::{MonitorProcess, ProcessError, anonymous_bytes, monitors_below, stray_monitors};
 pub use socket::{ControlSocket, Datagram, ReceiveError};
 pub use spawn::{SpawnError, spawn};

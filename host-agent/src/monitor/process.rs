@@ -1,6 +1,7 @@
 //! Processes named by descriptor: a number may be used again by another
 //! process, a pidfd may not.
 
+use std::fs::File;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
@@ -86,6 +87,12 @@ impl MonitorProcess {
         })
     }
 
+    /// What the monitor needs to find the memory that its guest has written. It
+    /// opens no path itself.
+    pub fn pagemap(&self) -> io::Result<File> {
+        File::open(format!("/proc/{}/pagemap", self.identity.pid))
+    }
+
     pub fn identity(&self) -> MonitorIdentity {
         self.identity
     }
@@ -138,9 +145,9 @@ fn open(pid: i32) -> Result<AsyncFd<OwnedFd>, ProcessError> {
     }
 }
 
-/// Anonymous memory that the process holds: guest memory is shared, so this is
-/// the monitor's own. Zero when the process is gone.
-pub fn private_bytes(identity: MonitorIdentity) -> u64 {
+/// Anonymous memory that the process holds: its own, and what its guest has
+/// written. Zero when the process is gone.
+pub fn anonymous_bytes(identity: MonitorIdentity) -> u64 {
     let status = std::fs::read_to_string(format!("/proc/{}/status", identity.pid));
     let kib = status.ok().and_then(|status| {
         let line = status
@@ -173,12 +180,11 @@ fn parse_start_time(stat: &str) -> Option<u64> {
     rest.split_ascii_whitespace().nth(22 - 3)?.parse().ok()
 }
 
-/// Monitors whose log lies under `sandboxes`, with the sandbox that the log's
-/// folder names.
+/// Monitors whose log lies under `folder`, with the log's path below that.
 ///
 /// This finds a monitor whose record was never written. It looks at standard
 /// output, which soulboxd points at the sandbox's log and a monitor keeps.
-pub fn stray_monitors(sandboxes: &Path) -> Vec<(SandboxId, MonitorProcess)> {
+pub fn monitors_below(folder: &Path) -> Vec<(PathBuf, MonitorProcess)> {
     let Ok(entries) = std::fs::read_dir("/proc") else {
         return Vec::new();
     };
@@ -190,21 +196,28 @@ pub fn stray_monitors(sandboxes: &Path) -> Vec<(SandboxId, MonitorProcess)> {
             (name.trim_end() == MONITOR_NAME).then_some(())?;
             let start_time_ticks = start_time_ticks(pid)?;
             let log = std::fs::read_link(format!("/proc/{pid}/fd/1")).ok()?;
-            let id = sandbox_of_log(sandboxes, &log)?;
+            let log = log.strip_prefix(folder).ok()?.to_owned();
             let process = MonitorProcess::find(MonitorIdentity {
                 pid,
                 start_time_ticks,
                 boot_id: boot_id(),
             });
-            Some((id, process.ok()?))
+            Some((log, process.ok()?))
         })
         .collect()
 }
 
-fn sandbox_of_log(sandboxes: &Path, log: &Path) -> Option<SandboxId> {
-    let relative: PathBuf = log.strip_prefix(sandboxes).ok()?.to_owned();
-    let first = relative.components().next()?;
-    first.as_os_str().to_str()?.parse().ok()
+/// Monitors whose log lies under `sandboxes`, with the sandbox that the log's
+/// folder names.
+pub fn stray_monitors(sandboxes: &Path) -> Vec<(SandboxId, MonitorProcess)> {
+    monitors_below(sandboxes)
+        .into_iter()
+        .filter_map(|(log, process)| Some((sandbox_of_log(&log)?, process)))
+        .collect()
+}
+
+fn sandbox_of_log(log: &Path) -> Option<SandboxId> {
+    log.components().next()?.as_os_str().to_str()?.parse().ok()
 }
 
 #[cfg(test)]
@@ -262,11 +275,10 @@ mod tests {
 
     #[test]
     fn a_log_names_its_sandbox() {
-        let base = Path::new("/var/lib/soulbox/sandboxes");
         let id = SandboxId::random().unwrap();
-        let log = base.join(id.as_str()).join("vmm.log (deleted)");
-        assert_eq!(sandbox_of_log(base, &log), Some(id));
-        assert_eq!(sandbox_of_log(base, Path::new("/dev/null")), None);
-        assert_eq!(sandbox_of_log(base, &base.join("other/vmm.log")), None);
+        let log = Path::new(id.as_str()).join("vmm.log (deleted)");
+        assert_eq!(sandbox_of_log(&log), Some(id));
+        assert_eq!(sandbox_of_log(Path::new("")), None);
+        assert_eq!(sandbox_of_log(Path::new("other/vmm.log")), None);
     }
 }

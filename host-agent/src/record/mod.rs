@@ -1,14 +1,16 @@
 //! What the daemon remembers of a sandbox across its own restarts.
 
+mod snapshot;
 mod state;
 
 use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
-use crate::id::SandboxId;
+use crate::id::{SandboxId, SnapshotId};
 use crate::time::{Stage, UnixMillis};
 
+pub use snapshot::{Chains, SnapshotKind, SnapshotRecord, SnapshotState};
 pub use state::{IllegalTransition, State, Transition};
 
 /// One sandbox. Stored as JSON: fields may be added with `#[serde(default)]`,
@@ -40,6 +42,24 @@ pub struct SandboxRecord {
     /// the daemon before ended, deletes it.
     #[serde(default)]
     pub goes_with_exec: bool,
+    /// The layers below what it has written itself.
+    #[serde(default)]
+    pub chains: Chains,
+    /// The number of the layer that its root disk writes to.
+    #[serde(default)]
+    pub layer: u32,
+    /// What it goes on from, while it does not run.
+    #[serde(default)]
+    pub saved: Option<SnapshotId>,
+    /// What it was made from or last rolled back to; none when it was booted.
+    #[serde(default)]
+    pub snapshot: Option<SnapshotId>,
+    /// What it was forked from.
+    #[serde(default)]
+    pub parent: Option<SandboxId>,
+    /// Of the image that its layers lie on.
+    #[serde(default)]
+    pub rootfs_sha256: String,
 }
 
 /// What a sandbox takes of its host.
@@ -100,6 +120,9 @@ pub enum Reply {
     Created {
         record: Box<SandboxRecord>,
         stages: Vec<Stage>,
+        /// It was restored, not booted.
+        #[serde(default)]
+        restored: bool,
     },
     Refused(crate::status::Refusal),
 }
@@ -137,14 +160,42 @@ impl SandboxRecord {
         };
         match transition {
             Transition::Spawned(monitor) => next.monitor = Some(monitor),
-            Transition::Stopped => next.monitor = None,
+            Transition::Run => next.saved = None,
+            Transition::Saved { disk_chain } => {
+                next.chains.disk = disk_chain;
+                next.layer += 1;
+            }
+            Transition::Paused { saved, chains } => {
+                next.monitor = None;
+                next.saved = Some(saved);
+                next.chains = chains;
+                next.layer += 1;
+            }
+            Transition::RollBack { to, chains } => {
+                next.saved = Some(to.clone());
+                next.snapshot = Some(to);
+                next.chains = chains;
+                next.layer += 1;
+            }
+            Transition::Settle | Transition::Stopped => next.monitor = None,
             Transition::Fail(failure) => {
                 next.monitor = None;
                 next.failure = Some(failure);
+                next.chains = Chains::default();
             }
-            Transition::Start | Transition::Run | Transition::Stop => {}
+            Transition::Start
+            | Transition::Pause
+            | Transition::Continue
+            | Transition::Resume
+            | Transition::Stop => {}
         }
         Ok(next)
+    }
+
+    /// Every snapshot that must stay as long as this record is as it is.
+    pub fn needs(&self) -> impl Iterator<Item = &SnapshotId> {
+        let chains = self.chains.memory.iter().chain(&self.chains.disk);
+        chains.chain(&self.saved)
     }
 
     /// Whether it carries all of `wanted`.
@@ -177,6 +228,12 @@ pub(crate) mod tests {
             monitor: None,
             failure: None,
             goes_with_exec: false,
+            chains: Chains::default(),
+            layer: 0,
+            saved: None,
+            snapshot: None,
+            parent: None,
+            rootfs_sha256: String::new(),
         }
     }
 
@@ -191,6 +248,12 @@ pub(crate) mod tests {
             "monitor",
             "failure",
             "goes_with_exec",
+            "chains",
+            "layer",
+            "saved",
+            "snapshot",
+            "parent",
+            "rootfs_sha256",
         ] {
             fields.remove(optional);
         }

@@ -6,16 +6,22 @@
 //!    ├─ Fail, ─────────┼────────────────┤ → failed
 //!    └─ Stop ──────────┴────────────────┴ → stopping ─ Stopped → stopped
 //!                                failed ─ Stop ↗
+//!
+//! running ─ Pause → pausing ─ Paused → paused ─ Resume → resuming ─ Run → running
+//!    │ ↺ Saved      │ ↺ Saved            │ ↖── Settle ─────┘  ↺ Spawned
+//!    │              └─ Continue → running└─ RollBack → resuming
+//!    └─ RollBack → resuming
 //! ```
 //!
-//! `Stop` is allowed from every state but `stopped`, also from `stopping`: a
+//! `Fail` is allowed from every state with a machine, `Stop` from every state but `stopped`, also from `stopping`: a
 //! daemon that was killed in mid-stop begins it again.
 
 use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
-use super::{Failure, MonitorIdentity};
+use super::{Chains, Failure, MonitorIdentity};
+use crate::id::SnapshotId;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -32,6 +38,12 @@ pub enum State {
     Stopped,
     /// It ended without being asked to; nothing is left but the record.
     Failed,
+    /// It is being saved, to be paused.
+    Pausing,
+    /// It is saved, and holds no vCPU and no memory.
+    Paused,
+    /// It is coming back from what was saved of it.
+    Resuming,
 }
 
 /// A step of a sandbox's life. It is durable before its side effect begins.
@@ -41,6 +53,24 @@ pub enum Transition {
     /// The monitor's process exists.
     Spawned(MonitorIdentity),
     Run,
+    /// A snapshot of it was made: its root disk writes to the next layer.
+    Saved {
+        disk_chain: Vec<SnapshotId>,
+    },
+    Pause,
+    /// It was not paused, and runs on.
+    Continue,
+    Paused {
+        saved: SnapshotId,
+        chains: Chains,
+    },
+    Resume,
+    RollBack {
+        to: SnapshotId,
+        chains: Chains,
+    },
+    /// It did not come back; what was saved is still there.
+    Settle,
     Stop,
     Stopped,
     Fail(Failure),
@@ -59,23 +89,38 @@ pub struct IllegalTransition {
 
 impl State {
     #[cfg(test)]
-    pub(crate) const ALL: [Self; 6] = [
+    pub(crate) const ALL: [Self; 9] = [
         Self::Pending,
         Self::Starting,
         Self::Running,
         Self::Stopping,
         Self::Stopped,
         Self::Failed,
+        Self::Pausing,
+        Self::Paused,
+        Self::Resuming,
     ];
 
     /// The state to which `transition` leads from this one.
     pub fn after(self, transition: &Transition) -> Result<Self, IllegalTransition> {
-        use State::{Failed, Pending, Running, Starting, Stopped, Stopping};
+        use State::{
+            Failed, Paused, Pausing, Pending, Resuming, Running, Starting, Stopped, Stopping,
+        };
         match (self, transition) {
             (Pending, Transition::Start) | (Starting, Transition::Spawned(_)) => Ok(Starting),
-            (Starting, Transition::Run) => Ok(Running),
-            (Pending | Starting | Running, Transition::Fail(_)) => Ok(Failed),
-            (Pending | Starting | Running | Stopping | Failed, Transition::Stop) => Ok(Stopping),
+            (Starting | Resuming, Transition::Run)
+            | (Pausing, Transition::Continue)
+            | (Running, Transition::Saved { .. }) => Ok(Running),
+            (Running, Transition::Pause) | (Pausing, Transition::Saved { .. }) => Ok(Pausing),
+            (Pausing, Transition::Paused { .. }) | (Resuming, Transition::Settle) => Ok(Paused),
+            (Paused, Transition::Resume)
+            | (Running | Paused, Transition::RollBack { .. })
+            | (Resuming, Transition::Spawned(_)) => Ok(Resuming),
+            (Pending | Starting | Running | Pausing | Resuming, Transition::Fail(_)) => Ok(Failed),
+            (
+                Pending | Starting | Running | Stopping | Failed | Pausing | Paused | Resuming,
+                Transition::Stop,
+            ) => Ok(Stopping),
             (Stopping, Transition::Stopped) => Ok(Stopped),
             _ => Err(IllegalTransition {
                 from: self,
@@ -84,9 +129,10 @@ impl State {
         }
     }
 
-    /// Whether a sandbox in this state takes vCPUs, memory and disk.
+    /// Whether a sandbox in this state takes vCPUs and memory, and may have a
+    /// monitor.
     pub fn holds_resources(self) -> bool {
-        !matches!(self, Self::Stopped | Self::Failed)
+        !matches!(self, Self::Stopped | Self::Failed | Self::Paused)
     }
 
     pub fn as_str(self) -> &'static str {
@@ -97,6 +143,9 @@ impl State {
             Self::Stopping => "stopping",
             Self::Stopped => "stopped",
             Self::Failed => "failed",
+            Self::Pausing => "pausing",
+            Self::Paused => "paused",
+            Self::Resuming => "resuming",
         }
     }
 }
@@ -115,6 +164,13 @@ impl Transition {
             Self::Start => "start",
             Self::Spawned(_) => "have its monitor started",
             Self::Run => "run",
+            Self::Saved { .. } => "be saved",
+            Self::Pause => "begin to pause",
+            Self::Continue => "run on",
+            Self::Paused { .. } => "be paused",
+            Self::Resume => "resume",
+            Self::RollBack { .. } => "be rolled back",
+            Self::Settle => "be paused again",
             Self::Stop => "begin to stop",
             Self::Stopped => "end its stop",
             Self::Fail(_) => "fail",
@@ -129,6 +185,10 @@ mod tests {
     use super::*;
     use crate::record::tests::sample;
 
+    fn snapshot() -> SnapshotId {
+        "sn-aaaaaaaaaaaaaaaaaaaa".parse().unwrap()
+    }
+
     fn transition() -> impl Strategy<Value = Transition> {
         prop_oneof![
             Just(Transition::Start),
@@ -138,6 +198,21 @@ mod tests {
                 boot_id: None,
             })),
             Just(Transition::Run),
+            Just(Transition::Pause),
+            Just(Transition::Continue),
+            Just(Transition::Resume),
+            Just(Transition::Settle),
+            Just(Transition::Saved {
+                disk_chain: vec![snapshot()]
+            }),
+            Just(Transition::Paused {
+                saved: snapshot(),
+                chains: Chains::default()
+            }),
+            Just(Transition::RollBack {
+                to: snapshot(),
+                chains: Chains::default()
+            }),
             Just(Transition::Stop),
             Just(Transition::Stopped),
             Just(Transition::Fail(Failure {
@@ -159,13 +234,16 @@ mod tests {
                 let Ok(next) = record.apply(step.clone()) else { continue };
                 prop_assert!(!was_stopped, "nothing follows stopped");
                 if next.state == State::Running {
-                    prop_assert_eq!(record.state, State::Starting);
+                    prop_assert!(record.state.holds_resources() && record.state != State::Stopping);
                 }
                 if let Transition::Fail(_) = step {
                     prop_assert!(next.failure.is_some() && !next.state.holds_resources());
                 }
                 prop_assert!(next.state != State::Failed || next.failure.is_some());
                 prop_assert!(next.state.holds_resources() || next.monitor.is_none());
+                let saved = matches!(next.state, State::Paused | State::Resuming);
+                prop_assert!(!saved || next.saved.is_some(), "nothing to go on from");
+                prop_assert!(next.layer >= record.layer, "a layer would be written twice");
                 was_stopped = next.state == State::Stopped;
                 record = next;
             }

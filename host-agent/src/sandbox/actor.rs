@@ -3,26 +3,29 @@
 //! Nobody else writes its record or touches its monitor, so its steps need no
 //! locks. How it starts is in `start`, how it goes in `stop`.
 
+use std::collections::VecDeque;
 use std::sync::Arc;
 
 use tokio::sync::{mpsc, oneshot};
 
-use super::create::Created;
+use super::create::{Created, Origin};
 use super::error::{CreateError, DeleteError, StartError, UseError};
 use super::files::SandboxFiles;
+use super::fork::Together;
 use super::machine::{Machine, failure};
+use super::operate::Operation;
 use super::pool::Pool;
 use super::registry::Live;
 use super::requests::Claimed;
+use super::save::Making;
 use crate::admission::Reservation;
 use crate::guest::Guest;
 use crate::record::{Failure, Reply, SandboxRecord, State, Transition};
 use crate::status::Refusal;
 use crate::store::Change;
-use crate::template::OpenTemplate;
 use crate::time::Stopwatch;
 
-/// Deletes that may wait for an actor that is busy; more wait to be queued.
+/// Commands that may wait for an actor that is busy; more wait to be queued.
 pub(super) const MAX_COMMANDS: usize = 16;
 
 #[derive(Debug)]
@@ -31,6 +34,15 @@ pub(super) enum Command {
     /// Record that it goes with an Exec call. Dropped unanswered when it is going
     /// already, or the daemon is.
     GoWithExec(oneshot::Sender<Result<(), UseError>>),
+    /// Dropped unanswered when it is going already, or the daemon is.
+    Operate(Operation),
+}
+
+/// The commands of one sandbox, in the order in which they came, but that deletes
+/// overtake.
+pub(super) struct Inbox {
+    commands: mpsc::Receiver<Command>,
+    overtaken: VecDeque<Command>,
 }
 
 #[derive(Debug)]
@@ -48,6 +60,12 @@ pub(super) struct Actor {
     pub(super) reservation: Option<Reservation>,
     pub(super) machine: Option<Machine>,
     pub(super) guest: Option<Guest>,
+    /// The snapshot that it is in the middle of.
+    pub(super) making: Option<Making>,
+    /// Why its machine was ended, when it was this daemon that did so.
+    pub(super) verdict: Option<Failure>,
+    /// It has a record, and others see it.
+    pub(super) is_listed: bool,
     /// Who is to be told that their sandbox did not come to run.
     pub(super) refused: Option<(Caller, Refusal)>,
 }
@@ -55,6 +73,8 @@ pub(super) struct Actor {
 /// A `CreateSandbox` call that waits for its sandbox.
 pub(super) struct Caller {
     pub(super) claimed: Option<Claimed>,
+    /// It is one of several that come to run together.
+    pub(super) together: Option<Together>,
     pub(super) done: oneshot::Sender<Result<Created, Refusal>>,
 }
 
@@ -69,6 +89,9 @@ impl Actor {
             reservation: None,
             machine: None,
             guest: None,
+            making: None,
+            verdict: None,
+            is_listed: true,
             refused: None,
         }
     }
@@ -76,11 +99,12 @@ impl Actor {
     /// The life of a new sandbox.
     pub(super) async fn run_new(
         mut self,
-        template: OpenTemplate,
+        origin: Origin,
         mut watch: Stopwatch,
         mut caller: Caller,
-        mut commands: mpsc::Receiver<Command>,
+        commands: mpsc::Receiver<Command>,
     ) {
+        let mut inbox = Inbox::new(commands);
         let mut deletes = Vec::new();
         let stopping = self.pool.stopping.clone();
         // Someone who gave a request_id can ask again and find the sandbox;
@@ -89,8 +113,8 @@ impl Actor {
         let started = {
             let claimed = caller.claimed.as_ref();
             tokio::select! {
-                started = self.start(template, claimed, &mut watch) => started,
-                Some(delete) = next_delete(&mut commands) => {
+                started = self.start(origin, claimed, &mut watch) => started,
+                Some(delete) = inbox.next_delete() => {
                     deletes.push(delete);
                     Err(StartError::Deleted)
                 }
@@ -99,29 +123,30 @@ impl Actor {
             }
         };
         let started = match started {
-            Ok(()) => self.announce(&mut caller, watch).await,
-            Err(error) => Err(error),
+            Ok(restored) => self.announce(&mut caller, restored, watch).await,
+            Err(error) => Err(self.explain(error).await),
         };
         match started {
             Ok(created) => {
                 if caller.done.send(Ok(created)).is_err() && must_stay {
                     tracing::info!(sandbox = %self.record.id, "the caller went away as its sandbox was ready; deleting it");
-                    self.stop(Vec::new(), commands).await;
+                    self.stop(Vec::new(), inbox).await;
                     return;
                 }
-                self.serve(commands).await;
+                self.serve(inbox).await;
             }
-            Err(error) => self.undo(error, caller, deletes, commands).await,
+            Err(error) => self.undo(error, caller, deletes, inbox).await,
         }
     }
 
-    /// The life of a sandbox that an earlier daemon left behind: running when
-    /// it has a machine, else failed.
-    pub(super) async fn run_adopted(self, mut commands: mpsc::Receiver<Command>) {
-        if self.machine.is_some() {
-            self.serve(commands).await;
+    /// The life of a sandbox that an earlier daemon left behind: running,
+    /// paused or failed.
+    pub(super) async fn run_adopted(self, commands: mpsc::Receiver<Command>) {
+        let inbox = Inbox::new(commands);
+        if self.record.state == State::Failed {
+            self.await_delete(inbox).await;
         } else {
-            self.await_delete(&mut commands).await;
+            self.serve(inbox).await;
         }
     }
 
@@ -129,13 +154,22 @@ impl Actor {
     async fn announce(
         &mut self,
         caller: &mut Caller,
+        restored: bool,
         watch: Stopwatch,
     ) -> Result<Created, StartError> {
         let record = self.record.apply(Transition::Run)?;
         let created = Created {
             record: record.clone(),
             stages: watch.finish(),
+            restored,
         };
+        if let Some(together) = caller.together.take() {
+            // Stored for all of them at once.
+            together.proven(record.clone()).await?;
+            self.record = record;
+            self.publish();
+            return Ok(created);
+        }
         let reply = Reply::from(created.clone());
         let mut changes = vec![Change::PutSandbox(record.clone())];
         if let Some(claimed) = &caller.claimed {
@@ -151,29 +185,46 @@ impl Actor {
         Ok(created)
     }
 
-    /// While it runs.
-    async fn serve(mut self, mut commands: mpsc::Receiver<Command>) {
+    /// While it runs or is paused.
+    async fn serve(mut self, mut inbox: Inbox) {
         let leave = self.pool.leaving.clone();
         let expiry = self.expiry();
         tokio::pin!(expiry);
         loop {
-            let Some(machine) = self.machine.as_mut() else {
-                return;
+            let machine = self.machine.as_mut();
+            let ended = async {
+                match machine {
+                    Some(machine) => machine.ended().await,
+                    None => std::future::pending().await,
+                }
             };
             tokio::select! {
-                command = commands.recv() => match command {
+                command = inbox.next() => match command {
                     Some(Command::GoWithExec(done)) => {
                         // A caller that is gone has no program either.
                         let _ = done.send(self.go_with_exec().await);
                     }
-                    Some(Command::Delete(delete)) => return self.stop(vec![delete], commands).await,
-                    None => return self.stop(Vec::new(), commands).await,
+                    Some(Command::Operate(operation)) => {
+                        let interrupted = tokio::select! {
+                            () = self.perform(operation) => None,
+                            Some(delete) = inbox.next_delete() => Some(delete),
+                            // What is half done is found by the next daemon.
+                            () = leave.cancelled() => return,
+                        };
+                        if let Some(delete) = interrupted {
+                            // Its programs may stand still.
+                            self.guest = None;
+                            return self.stop(vec![delete], inbox).await;
+                        }
+                    }
+                    Some(Command::Delete(delete)) => return self.stop(vec![delete], inbox).await,
+                    None => return self.stop(Vec::new(), inbox).await,
                 },
                 () = &mut expiry => {
                     tracing::info!(sandbox = %self.record.id, "its time to live is over; deleting it");
-                    return self.stop(Vec::new(), commands).await;
+                    return self.stop(Vec::new(), inbox).await;
                 }
-                () = machine.ended() => return self.fail(commands).await,
+                () = ended => return self.fail(inbox).await,
                 // The monitor runs on, for the next daemon to adopt.
                 () = leave.cancelled() => return,
             }
@@ -200,34 +251,48 @@ impl Actor {
 
     /// Its machine has ended by itself: records why, frees what it held, and
     /// keeps the record until somebody has seen it.
-    async fn fail(mut self, mut commands: mpsc::Receiver<Command>) {
+    async fn fail(mut self, inbox: Inbox) {
         let why = self.bury().await;
+        let why = self.verdict.take().unwrap_or(why);
         tracing::warn!(sandbox = %self.record.id, reason = why.reason, message = why.message, "failed");
         self.guest = None;
-        if let Err(error) = self.transition(Transition::Fail(why)).await {
+        self.store_failure(why).await;
+        self.reservation = None;
+        self.pool.collect().await;
+        self.await_delete(inbox).await;
+    }
+
+    /// Stores why it failed, and removes all but that.
+    pub(super) async fn store_failure(&mut self, why: Failure) {
+        let mut changes = Vec::new();
+        if let Some(making) = self.making.take() {
+            changes = self.forget_making(making);
+        }
+        match self.record.apply(Transition::Fail(why)) {
+            Ok(failed) => self.record = failed,
+            Err(error) => tracing::error!(sandbox = %self.record.id, %error, "not failed"),
+        }
+        changes.push(Change::PutSandbox(self.record.clone()));
+        if let Err(error) = self.pool.store.commit(changes).await {
             // Callers must learn of it even when the disk is full.
             tracing::error!(sandbox = %self.record.id, %error, "the failure is not on disk");
-            self.publish();
         }
+        self.publish();
         if let Err(error) = self.files.remove() {
             tracing::error!(sandbox = %self.record.id, %error, "files are left over");
         }
-        self.reservation = None;
-        self.await_delete(&mut commands).await;
     }
 
     /// With nothing left but its record.
-    async fn await_delete(mut self, commands: &mut mpsc::Receiver<Command>) {
+    async fn await_delete(mut self, mut inbox: Inbox) {
         let leave = self.pool.leaving.clone();
         let deletes = tokio::select! {
-            delete = next_delete(commands) => delete.into_iter().collect(),
+            delete = inbox.next_delete() => delete.into_iter().collect(),
             () = self.expiry() => Vec::new(),
             () = leave.cancelled() => return,
         };
-        let (_closed, none) = mpsc::channel(1);
-        let commands = std::mem::replace(commands, none);
         self.machine = None;
-        self.stop(deletes, commands).await;
+        self.stop(deletes, inbox).await;
     }
 
     /// Waits for the machine's last word and its end.
@@ -245,15 +310,15 @@ impl Actor {
     pub(super) async fn transition(&mut self, step: Transition) -> Result<(), StartError> {
         let next = self.record.apply(step)?;
         self.record = next;
-        self.pool
-            .store
-            .commit(vec![Change::PutSandbox(self.record.clone())])
-            .await?;
+        self.note(&self.pool).await?;
         self.publish();
         Ok(())
     }
 
     pub(super) fn publish(&self) {
+        if !self.is_listed {
+            return;
+        }
         let live = match (&self.record.state, &self.guest, &self.machine) {
             (State::Running, Some(guest), Some(machine)) => Some(Arc::new(Live {
                 guest: guest.clone(),
@@ -267,13 +332,7 @@ impl Actor {
 
     /// A create that failed: everything is taken down again, then the call and its
     /// repetitions are told why.
-    async fn undo(
-        mut self,
-        error: StartError,
-        caller: Caller,
-        deletes: Vec<Delete>,
-        commands: mpsc::Receiver<Command>,
-    ) {
+    async fn undo(mut self, error: StartError, caller: Caller, deletes: Vec<Delete>, inbox: Inbox) {
         tracing::warn!(sandbox = %self.record.id, %error, "not started");
         let refusal = Refusal::from(&CreateError::from(error));
         // The reply is stored when the sandbox's removal is.
@@ -282,7 +341,7 @@ impl Actor {
         }
         self.refused = Some((caller, refusal));
         self.guest = None;
-        self.stop(deletes, commands).await;
+        self.stop(deletes, inbox).await;
     }
 
     /// Answers a create that failed, once.
@@ -308,13 +367,40 @@ impl Actor {
     }
 }
 
-/// The next wish to delete it. Others have come too late.
-pub(super) async fn next_delete(commands: &mut mpsc::Receiver<Command>) -> Option<Delete> {
-    loop {
-        match commands.recv().await? {
-            Command::Delete(delete) => return Some(delete),
-            Command::GoWithExec(_) => {}
+// === impl Inbox ===
+
+impl Inbox {
+    pub(super) fn new(commands: mpsc::Receiver<Command>) -> Self {
+        Self {
+            commands,
+            overtaken: VecDeque::new(),
         }
+    }
+
+    /// The next command; none when nobody can give one any more.
+    async fn next(&mut self) -> Option<Command> {
+        match self.overtaken.pop_front() {
+            Some(command) => Some(command),
+            None => self.commands.recv().await,
+        }
+    }
+
+    /// The next wish to delete the sandbox. Others wait, or are dropped when
+    /// there are too many.
+    pub(super) async fn next_delete(&mut self) -> Option<Delete> {
+        loop {
+            match self.commands.recv().await? {
+                Command::Delete(delete) => return Some(delete),
+                other if self.overtaken.len() < MAX_COMMANDS => self.overtaken.push_back(other),
+                _ => {}
+            }
+        }
+    }
+
+    /// No more commands are taken, and those that wait are dropped.
+    pub(super) fn close(&mut self) {
+        self.commands.close();
+        self.overtaken.clear();
     }
 }
 
@@ -364,10 +450,12 @@ mod tests {
         let (done, outcome) = oneshot::channel();
         let caller = Caller {
             claimed: None,
+            together: None,
             done,
         };
         let actor = Actor::new(&pool, record);
-        let undone = actor.undo(StartError::Protocol, caller, Vec::new(), commands_rx);
+        let inbox = Inbox::new(commands_rx);
+        let undone = actor.undo(StartError::Protocol, caller, Vec::new(), inbox);
         pool.actors.spawn(undone);
         let refused = outcome.await.unwrap().unwrap_err();
         assert_eq!(refused.reason, "PROTOCOL_MISMATCH");

@@ -1,17 +1,19 @@
 //! Admission: from a request to an actor that starts its sandbox.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use tokio::sync::{mpsc, oneshot};
 
 use super::actor::{Actor, Caller, MAX_COMMANDS};
-use super::error::CreateError;
+use super::error::{CreateError, StartError};
 use super::pool::Pool;
 use super::requests::{Claim, Claimed};
+use super::restore::Plan;
 use super::spec::CreateSpec;
 use crate::admission::Reservation;
-use crate::id::SandboxId;
-use crate::record::{Reply, SandboxRecord, State};
+use crate::id::{SandboxId, SnapshotId};
+use crate::record::{Reply, Resources, SandboxRecord, State};
 use crate::status::Refusal;
 use crate::template::{OpenTemplate, TemplateError};
 use crate::time::{Stage, Stopwatch, UnixMillis};
@@ -21,6 +23,28 @@ use crate::time::{Stage, Stopwatch, UnixMillis};
 pub struct Created {
     pub record: SandboxRecord,
     pub stages: Vec<Stage>,
+    /// It was restored, not booted.
+    pub restored: bool,
+}
+
+/// What a sandbox begins with.
+#[derive(Debug)]
+pub(super) enum Origin {
+    Boot(OpenTemplate),
+    Restore(Box<Plan>),
+    /// A template's own snapshot; should that fail, the template.
+    Template {
+        plan: Box<Plan>,
+        template: OpenTemplate,
+    },
+}
+
+/// What has been admitted.
+#[derive(Debug)]
+struct Admitted {
+    record: SandboxRecord,
+    origin: Origin,
+    reservation: Reservation,
 }
 
 impl From<Created> for Reply {
@@ -28,6 +52,7 @@ impl From<Created> for Reply {
         Self::Created {
             record: Box::new(created.record),
             stages: created.stages,
+            restored: created.restored,
         }
     }
 }
@@ -35,9 +60,14 @@ impl From<Created> for Reply {
 impl From<Reply> for Result<Created, Refusal> {
     fn from(reply: Reply) -> Self {
         match reply {
-            Reply::Created { record, stages } => Ok(Created {
+            Reply::Created {
+                record,
+                stages,
+                restored,
+            } => Ok(Created {
                 record: *record,
                 stages,
+                restored,
             }),
             Reply::Refused(refusal) => Err(refusal),
         }
@@ -75,26 +105,43 @@ impl Pool {
         claimed: Option<Claimed>,
     ) -> Result<Created, Refusal> {
         let watch = Stopwatch::start();
-        let (record, template, reservation) =
-            self.admit(spec).map_err(|error| Refusal::from(&error))?;
+        let admitted = self.admit(spec).map_err(|error| Refusal::from(&error))?;
         let (done, outcome) = oneshot::channel();
-        let (commands, commands_rx) = mpsc::channel(MAX_COMMANDS);
-        self.registry.insert(record.clone(), commands);
-        let mut actor = Actor::new(self, record);
-        actor.reservation = Some(reservation);
-        let caller = Caller { claimed, done };
-        self.actors
-            .spawn(actor.run_new(template, watch, caller, commands_rx));
+        let caller = Caller {
+            claimed,
+            together: None,
+            done,
+        };
+        let Admitted {
+            record,
+            origin,
+            reservation,
+        } = admitted;
+        self.begin(record, origin, reservation, watch, caller);
         outcome
             .await
             .unwrap_or_else(|_| Err(Refusal::from(&CreateError::ActorLost)))
     }
 
+    /// Starts the actor of a sandbox that has been admitted.
+    pub(super) fn begin(
+        self: &Arc<Self>,
+        record: SandboxRecord,
+        origin: Origin,
+        reservation: Reservation,
+        watch: Stopwatch,
+        caller: Caller,
+    ) {
+        let (commands, commands_rx) = mpsc::channel(MAX_COMMANDS);
+        self.registry.insert(record.clone(), commands);
+        let mut actor = Actor::new(self, record);
+        actor.reservation = Some(reservation);
+        self.actors
+            .spawn(actor.run_new(origin, watch, caller, commands_rx));
+    }
+
     /// Everything that can be refused without making anything.
-    fn admit(
-        &self,
-        spec: CreateSpec,
-    ) -> Result<(SandboxRecord, OpenTemplate, Reservation), CreateError> {
+    fn admit(&self, spec: CreateSpec) -> Result<Admitted, CreateError> {
         if self.is_draining() {
             return Err(CreateError::Draining);
         }
@@ -103,41 +150,105 @@ impl Pool {
         } else {
             &spec.template
         };
-        let ttl = spec.resolve_ttl(&self.config.defaults, &self.config.limits)?;
-        let template = self.templates.open(name)?;
+        let ttl = super::spec::resolve_ttl(spec.ttl, &self.config.defaults, &self.config.limits)?;
         let kvm = self.kvm.get();
+        let max_vcpus = kvm.as_ref().map_or(super::MAX_VCPUS, |kvm| kvm.max_vcpus);
+        let capacity = self.admission.capacity();
+        let by_id = name.parse::<SnapshotId>().ok();
+        let snapshot = match &by_id {
+            Some(id) => self.snapshots.take(id),
+            None => self.snapshots.take_named(name),
+        };
         // A request that no state of this host could serve is told so first.
-        let resources = spec.resolve(
-            &self.config.defaults,
-            &template.manifest,
-            self.admission.capacity(),
-            kvm.as_ref().map_or(super::MAX_VCPUS, |kvm| kvm.max_vcpus),
-        )?;
-        template
-            .kernel_image
-            .check_fits(resources.memory_mib)
-            .map_err(|error| TemplateError::Kernel {
-                name: name.clone(),
-                error,
-            })?;
-        kvm?;
+        let (resources, origin, base) = match snapshot {
+            Some((snapshot, hold)) => {
+                let resources = spec.resolve_of(snapshot.resources, capacity, max_vcpus)?;
+                kvm?;
+                let plan = self.plan(&snapshot, hold).map_err(StartError::from)?;
+                let base = (snapshot.template, snapshot.rootfs_sha256);
+                (resources, Origin::Restore(Box::new(plan)), base)
+            }
+            None if by_id.is_some() => return Err(CreateError::SnapshotNotFound(name.clone())),
+            None => {
+                let template = self.templates.open(name)?;
+                let manifest = &template.manifest;
+                let resources =
+                    spec.resolve(&self.config.defaults, manifest, capacity, max_vcpus)?;
+                template
+                    .kernel_image
+                    .check_fits(resources.memory_mib)
+                    .map_err(|error| TemplateError::Kernel {
+                        name: name.clone(),
+                        error,
+                    })?;
+                kvm?;
+                let base = (name.clone(), manifest.rootfs.sha256.clone());
+                (resources, self.origin_of(name, template, resources), base)
+            }
+        };
         let id = SandboxId::random().map_err(CreateError::Random)?;
         let reservation = self.admission.reserve(resources)?;
-        let created_at = UnixMillis::now();
-        let record = SandboxRecord {
+        let expires_at = ttl.map(|ttl| UnixMillis::now().plus(ttl));
+        let mut record = self.new_record(id, resources, base, &origin);
+        record.labels = spec.labels;
+        record.expires_at = expires_at;
+        record.request_id = spec.request_id;
+        Ok(Admitted {
+            record,
+            origin,
+            reservation,
+        })
+    }
+
+    /// The template's own snapshot, where there is one of these sizes.
+    fn origin_of(&self, name: &str, template: OpenTemplate, resources: Resources) -> Origin {
+        let Some((snapshot, hold)) = self.snapshots.take_template(name, resources) else {
+            return Origin::Boot(template);
+        };
+        if !self.is_current(&snapshot, &template.manifest) {
+            self.template_changed.notify_one();
+            return Origin::Boot(template);
+        }
+        match self.plan(&snapshot, hold) {
+            Ok(plan) => Origin::Template {
+                plan: Box::new(plan),
+                template,
+            },
+            Err(_) => Origin::Boot(template),
+        }
+    }
+
+    /// A sandbox of which nothing exists yet.
+    pub(super) fn new_record(
+        &self,
+        id: SandboxId,
+        resources: Resources,
+        (template, rootfs_sha256): (String, String),
+        origin: &Origin,
+    ) -> SandboxRecord {
+        let plan = match origin {
+            Origin::Boot(_) => None,
+            Origin::Restore(plan) | Origin::Template { plan, .. } => Some(plan),
+        };
+        SandboxRecord {
             id,
             sequence: self.registry.next_sequence(),
-            template: name.clone(),
+            template,
             state: State::Pending,
             resources,
-            labels: spec.labels,
-            created_at,
-            expires_at: ttl.map(|ttl| created_at.plus(ttl)),
-            request_id: spec.request_id,
+            labels: BTreeMap::new(),
+            created_at: UnixMillis::now(),
+            expires_at: None,
+            request_id: None,
             monitor: None,
             failure: None,
             goes_with_exec: false,
-        };
-        Ok((record, template, reservation))
+            chains: plan.map(|plan| plan.chains.clone()).unwrap_or_default(),
+            layer: 0,
+            saved: None,
+            snapshot: plan.map(|plan| plan.snapshot.clone()),
+            parent: None,
+            rootfs_sha256,
+        }
     }
 }

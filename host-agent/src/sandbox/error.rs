@@ -3,10 +3,11 @@
 use soulbox_proto::vmm::v1::error::Code as MonitorCode;
 
 use crate::admission::Exhausted;
-use crate::id::SandboxId;
+use crate::id::{SandboxId, SnapshotId};
 use crate::kvm::KvmError;
 use crate::monitor::SpawnError;
 use crate::record::{Failure, IllegalTransition, State};
+use crate::snapshot::{LayerError, NameTaken};
 use crate::status::FieldViolation;
 use crate::store::CommitError;
 use crate::template::TemplateError;
@@ -32,6 +33,8 @@ pub enum CreateError {
     Random(#[source] std::io::Error),
     #[error("{0}")]
     Start(#[from] StartError),
+    #[error("there is no snapshot {0:?}; `soulbox snapshot ls` shows those that are")]
+    SnapshotNotFound(String),
     #[error(
         "the sandbox's task ended unexpectedly; this is a bug in soulboxd, please report it with its log"
     )]
@@ -58,14 +61,19 @@ pub enum StartError {
         /// The last that the monitor said.
         log_line: Option<String>,
     },
+    #[error("{0}")]
+    Restore(#[from] RestoreError),
     #[error("the monitor refused to boot: {message}")]
     Refused { code: MonitorCode, message: String },
     #[error(
-        "the monitor answered Boot with something else; install soulbox-vmm and soulboxd of the same version"
+        "the monitor answered with something else; install soulbox-vmm and soulboxd of the same version"
     )]
     Protocol,
     #[error("{}", .0.message)]
     Ended(Failure),
+    /// As `Ended`, before anybody has looked why.
+    #[error("the monitor ended")]
+    Gone,
     #[error(
         "the guest made no ready-call within {timeout_ms} ms; {}", too_slow(*.hardware_virtualization)
     )]
@@ -84,6 +92,107 @@ pub enum StartError {
     CallerGone,
     #[error("soulboxd stopped while the sandbox started; try again later or on another node")]
     Stopping,
+}
+
+/// Why a machine did not come back from a snapshot.
+#[derive(Debug, thiserror::Error)]
+pub enum RestoreError {
+    #[error("{0}")]
+    Template(#[from] TemplateError),
+    #[error(
+        "snapshot {snapshot} lies on another root disk than template {template:?} has now; put that one back, or make the snapshot again"
+    )]
+    OtherDisk {
+        snapshot: SnapshotId,
+        template: String,
+    },
+    #[error("what was saved of sandbox {sandbox} is gone; delete the sandbox")]
+    Gone { sandbox: SandboxId },
+    #[error("snapshot {snapshot} cannot be restored: the file {:?} of {layer}, which it needs, {error}; {}", .error.file(), mend_layer(.error))]
+    Layer {
+        snapshot: SnapshotId,
+        layer: SnapshotId,
+        error: LayerError,
+    },
+    #[error("snapshot {snapshot} cannot be restored: {message}")]
+    Refused {
+        snapshot: SnapshotId,
+        code: MonitorCode,
+        message: String,
+    },
+    #[error(
+        "snapshot {snapshot} was not restored within {limit_ms} ms; raise timeouts.boot_ms, or see the load of this host"
+    )]
+    Slow { snapshot: SnapshotId, limit_ms: u64 },
+}
+
+/// Why a sandbox was not saved.
+#[derive(Debug, thiserror::Error)]
+pub enum SaveError {
+    #[error("{0}")]
+    Store(#[from] CommitError),
+    #[error("{0}")]
+    Transition(#[from] IllegalTransition),
+    #[error("{0}")]
+    NameTaken(#[from] NameTaken),
+    #[error("the host has no random numbers; see the kernel's log")]
+    Random(#[source] std::io::Error),
+    #[error(
+        "the disk of state_dir is full; delete snapshots or sandboxes and try again{}",
+        runs_on()
+    )]
+    DiskFull,
+    #[error(
+        "the snapshot's files cannot be written ({source}); see the disk of state_dir{}",
+        runs_on()
+    )]
+    Files { source: std::io::Error },
+    #[error("the monitor made no snapshot: {message}{}", runs_on())]
+    Refused { code: MonitorCode, message: String },
+    #[error(
+        "the monitor made no snapshot within {limit_ms} ms; the sandbox is given up: raise timeouts.snapshot_ms"
+    )]
+    Slow { limit_ms: u64 },
+    #[error(
+        "the monitor answered with something else; install soulbox-vmm and soulboxd of the same version"
+    )]
+    Protocol,
+    #[error("the guest's agent failed to {step}: {message}{}", runs_on())]
+    Agent { step: &'static str, message: String },
+    #[error("the sandbox ended while it was saved; `soulbox get` says why")]
+    Ended,
+}
+
+/// Why an operation on a sandbox was not done.
+#[derive(Debug, thiserror::Error)]
+pub enum OperateError {
+    #[error("soulboxd is stopping; try again when it runs")]
+    Draining,
+    #[error("{0}")]
+    Use(#[from] UseError),
+    #[error("sandbox {id} is {state}; wait until that is over")]
+    Busy { id: SandboxId, state: State },
+    #[error("the request has {} to change: {}", fields(.0), list(.0))]
+    Invalid(Vec<FieldViolation>),
+    #[error("{0}")]
+    Save(#[from] SaveError),
+    #[error("{0}")]
+    Exhausted(#[from] Exhausted),
+    #[error("{0}")]
+    Start(#[from] StartError),
+    #[error("there is no snapshot {0:?}; `soulbox snapshot ls` shows those that are")]
+    SnapshotNotFound(String),
+    #[error(
+        "snapshot {snapshot} is not of sandbox {sandbox}; make another sandbox from it with `soulbox create --template {snapshot}`"
+    )]
+    OtherSandbox {
+        snapshot: SnapshotId,
+        sandbox: SandboxId,
+    },
+    #[error("snapshot {id} is in use by {}; delete what uses it first", users_listed(.users))]
+    InUse { id: SnapshotId, users: Vec<String> },
+    #[error("the snapshot's files cannot be removed ({message}); mend that and restart soulboxd")]
+    Cleanup { message: String },
 }
 
 /// Why a sandbox is still there.
@@ -108,6 +217,8 @@ pub enum UseError {
     Failed { id: SandboxId, failure: Failure },
     #[error("sandbox {id} ended during the call: {}", .failure.message)]
     Died { id: SandboxId, failure: Failure },
+    #[error("sandbox {id} was {} during the call; the program that it ran for the call has ended", interruption(*.state))]
+    Interrupted { id: SandboxId, state: State },
     #[error("sandbox {id} was deleted during the call")]
     Deleted { id: SandboxId },
     #[error("the connection to the agent in sandbox {id} broke; try again, or delete the sandbox")]
@@ -129,6 +240,49 @@ pub enum WatchError {
     Stopping,
 }
 
+// === impl StartError ===
+
+impl StartError {
+    /// Whether the sandbox may come to run when it is booted rather than restored.
+    pub(super) fn may_boot_instead(&self) -> bool {
+        match self {
+            Self::Restore(_) | Self::Protocol | Self::Ended(_) | Self::Gone => true,
+            Self::Refused { code, .. } => *code != MonitorCode::Kvm,
+            Self::Agent { .. } => true,
+            _ => false,
+        }
+    }
+}
+
+fn interruption(state: State) -> &'static str {
+    match state {
+        State::Pausing | State::Paused => "paused",
+        _ => "taken to an earlier state",
+    }
+}
+
+fn users_listed(users: &[String]) -> String {
+    const LISTED: usize = 20;
+    let listed = users.iter().take(LISTED).map(String::as_str);
+    let listed = listed.collect::<Vec<_>>().join(", ");
+    match users.len().saturating_sub(LISTED) {
+        0 => listed,
+        more => format!("{listed} and {more} more"),
+    }
+}
+
+fn runs_on() -> &'static str {
+    "; the sandbox runs on"
+}
+
+fn mend_layer(error: &LayerError) -> &'static str {
+    match error {
+        LayerError::Missing { .. } => "put it back, or delete what was made of it",
+        LayerError::Unreadable { .. } => "see its permissions",
+        LayerError::Cold | LayerError::Thaw { .. } => "see the space of state_dir",
+    }
+}
+
 fn said(log_line: Option<&String>) -> String {
     log_line.map_or_else(String::new, |line| format!("; its log ends with: {line}"))
 }
@@ -136,6 +290,8 @@ fn said(log_line: Option<&String>) -> String {
 fn not_running(state: State) -> &'static str {
     match state {
         State::Pending | State::Starting | State::Running => "wait until it is running",
+        State::Pausing | State::Resuming => "try again in a moment",
+        State::Paused => "resume it with `soulbox resume`",
         State::Stopping | State::Stopped | State::Failed => "make another one",
     }
 }

@@ -44,6 +44,20 @@ impl Machine {
         }
     }
 
+    /// Whether it has ended, or is about to.
+    pub(super) fn is_over(&self) -> bool {
+        is_end(&self.observed.borrow()) || self.observed.has_changed().is_err()
+    }
+
+    /// Waits for the monitor's word on its end, or its silence.
+    pub(super) fn over(&self) -> impl Future<Output = ()> + use<> {
+        let mut observed = self.observed.clone();
+        async move {
+            // A lost sender means that nothing more will be told.
+            let _ = observed.wait_for(is_end).await;
+        }
+    }
+
     /// Waits for the guest's ready-call; none when the machine ends instead.
     pub(super) async fn ready(&mut self) -> Option<Hello> {
         loop {
@@ -116,9 +130,12 @@ impl Machine {
     }
 }
 
+fn is_end(seen: &Observed) -> bool {
+    seen.closed || seen.exited.is_some() || seen.panic.is_some()
+}
+
 async fn end_of(process: &mut MonitorProcess, observed: &mut watch::Receiver<Observed>) {
-    let told =
-        observed.wait_for(|seen| seen.closed || seen.exited.is_some() || seen.panic.is_some());
+    let told = observed.wait_for(is_end);
     tokio::select! {
         // A lost sender means that nothing more will be told, as `closed` does.
         _ = told => {}

@@ -4,24 +4,38 @@
 //! changes its record and owns its monitor; everybody else reads a [`View`].
 
 mod actor;
+mod collect;
 mod create;
 mod error;
 mod files;
+mod fork;
+mod launch;
 mod machine;
+mod operate;
 mod pool;
 mod reconcile;
 mod registry;
 mod requests;
+mod restore;
+mod save;
+mod shells;
 mod spec;
 mod start;
 mod stop;
+mod warm;
 
 pub use create::Created;
-pub use error::{CreateError, DeleteError, StartError, UseError, WatchError};
+pub use error::{
+    CreateError, DeleteError, OperateError, RestoreError, SaveError, StartError, UseError,
+    WatchError,
+};
+pub use fork::Forked;
+pub use operate::Operated;
 pub use pool::{OpenPoolError, Pool};
 pub use reconcile::Summary;
 pub use registry::{Change, ChangeKind, Live, Subscription, View};
-pub use spec::CreateSpec;
+pub use save::Saved;
+pub use spec::{CreateSpec, ForkSpec, SnapshotSpec};
 
 /// The monitor's limit.
 pub const MAX_VCPUS: u32 = 32;

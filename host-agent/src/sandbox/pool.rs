@@ -5,23 +5,25 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use tokio::sync::{oneshot, watch};
+use tokio::sync::{Notify, oneshot, watch};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use super::actor::{Command, Delete};
 use super::error::{DeleteError, UseError};
-use super::files::{sandboxes_dir, sockets_dir};
+use super::files::{sandboxes_dir, shells_dir, sockets_dir};
 use super::reconcile::{self, Summary};
 use super::registry::{Registry, Subscription, View};
 use super::requests::Requests;
+use super::shells::Shells;
 use crate::admission::{Admission, Amounts};
 use crate::config::Config;
 use crate::host::HostFacts;
 use crate::id::SandboxId;
 use crate::kvm::KvmDevice;
 use crate::record::SandboxRecord;
+use crate::snapshot::Snapshots;
 use crate::store::{OpenError, Store};
 use crate::template::{TemplateSummary, Templates};
 
@@ -51,6 +53,12 @@ pub struct Pool {
     pub(super) templates: Templates,
     pub(super) registry: Registry,
     pub(super) requests: Requests,
+    pub(super) snapshots: Arc<Snapshots>,
+    /// Held by whoever removes what nothing needs.
+    pub(super) collecting: tokio::sync::Mutex<()>,
+    pub(super) shells: Shells,
+    /// A template's own snapshot is missing, or of no use.
+    pub(super) template_changed: Notify,
     pub(super) actors: TaskTracker,
     /// Sandboxes that are starting are to be taken down.
     pub(super) stopping: CancellationToken,
@@ -70,7 +78,12 @@ impl Pool {
         monitor_binary: PathBuf,
         capacity: Amounts,
     ) -> Result<(Arc<Self>, Summary), OpenPoolError> {
-        for path in [sandboxes_dir(&config.paths), sockets_dir(&config.paths)] {
+        for path in [
+            sandboxes_dir(&config.paths),
+            sockets_dir(&config.paths),
+            shells_dir(&config.paths),
+            config.paths.state_dir.join("snapshots"),
+        ] {
             std::fs::create_dir_all(&path)
                 .map_err(|source| OpenPoolError::Folder { path, source })?;
         }
@@ -81,6 +94,10 @@ impl Pool {
             templates: Templates::new(&config.paths.template_dir),
             registry: Registry::new(loaded.last_sequence),
             requests: Requests::load(loaded.requests),
+            snapshots: Snapshots::new(&config.paths.state_dir, loaded.snapshots),
+            collecting: tokio::sync::Mutex::default(),
+            shells: Shells::new(&config, &shells_dir(&config.paths)),
+            template_changed: Notify::new(),
             actors: TaskTracker::new(),
             stopping: CancellationToken::new(),
             leaving: CancellationToken::new(),
@@ -92,6 +109,10 @@ impl Pool {
         });
         let summary = reconcile::reconcile(&pool, loaded.sandboxes).await;
         pool.actors.spawn(Arc::clone(&pool).forget_requests());
+        pool.actors.spawn(Arc::clone(&pool).collect_released());
+        pool.actors.spawn(Shells::keep(Arc::clone(&pool)));
+        pool.actors
+            .spawn(Arc::clone(&pool).keep_template_snapshots());
         Ok((pool, summary))
     }
 
@@ -143,9 +164,14 @@ impl Pool {
         self.registry.subscribe()
     }
 
-    /// Bytes that the sandbox's disk layer holds.
-    pub fn disk_used_bytes(&self, id: &SandboxId) -> u64 {
-        super::files::SandboxFiles::new(&self.config.paths, id).layer_allocated_bytes()
+    /// Bytes that the layer which the sandbox's disk writes to holds.
+    pub fn disk_used_bytes(&self, record: &SandboxRecord) -> u64 {
+        let files = super::files::SandboxFiles::new(&self.config.paths, &record.id);
+        files.layer_allocated_bytes(record.layer)
+    }
+
+    pub fn snapshots(&self) -> &Snapshots {
+        &self.snapshots
     }
 
     /// Returns when nothing of the sandbox is left. That it is gone already is

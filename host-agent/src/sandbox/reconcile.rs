@@ -3,10 +3,11 @@
 //! Afterwards every record has an actor, and no file, socket or monitor is
 //! without a record.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 use std::time::Duration;
 
+use soulbox_proto::vmm::v1::Metrics;
 use tokio::sync::{Semaphore, mpsc};
 use tokio::task::JoinSet;
 use tokio::time::timeout;
@@ -15,11 +16,16 @@ use super::actor::{Actor, MAX_COMMANDS};
 use super::files::{remove_folder, sandboxes_dir, sockets_dir};
 use super::machine::Machine;
 use super::pool::Pool;
+use super::save::Making;
 use super::start::MAX_SENTENCE_CHARS;
+use crate::admission::Amounts;
 use crate::guest::Guest;
 use crate::id::SandboxId;
 use crate::monitor::{ControlSocket, MonitorProcess, stray_monitors};
-use crate::record::{Failure, SandboxRecord, State, Transition};
+use crate::record::{
+    Failure, SandboxRecord, SnapshotKind, SnapshotRecord, SnapshotState, State, Transition,
+};
+use crate::snapshot::{Layering, SnapshotFiles};
 use crate::store::Change;
 use crate::text::printable;
 
@@ -34,6 +40,8 @@ const AT_ONCE: usize = 64;
 pub struct Summary {
     /// Sandboxes that run on.
     pub adopted: usize,
+    /// Sandboxes that are paused.
+    pub paused: usize,
     /// Sandboxes that ran, and whose end was found.
     pub failed: usize,
     /// Sandboxes in mid-start or mid-stop that were taken down.
@@ -48,21 +56,29 @@ pub struct Summary {
 
 pub(super) async fn reconcile(pool: &Arc<Pool>, records: Vec<SandboxRecord>) -> Summary {
     let mut summary = Summary::default();
-    let mut kept = HashSet::new();
+    // Those whose monitor is wanted, and those whose folder is.
+    let (mut running, mut kept) = (HashSet::new(), HashSet::new());
+    let mut making = unfinished(pool);
     let turns = Arc::new(Semaphore::new(AT_ONCE));
     let mut outcomes = JoinSet::new();
     for record in records {
         let (pool, turns) = (Arc::clone(pool), Arc::clone(&turns));
+        let making = making.remove(&record.id);
         outcomes.spawn(async move {
             // Nobody closes it.
             let _turn = turns.acquire().await;
-            (record.id.clone(), one(&pool, record).await)
+            (record.id.clone(), one(&pool, record, making).await)
         });
     }
     for (id, outcome) in outcomes.join_all().await {
         match outcome {
             Outcome::Adopted => {
                 summary.adopted += 1;
+                running.insert(id.clone());
+                kept.insert(id);
+            }
+            Outcome::Paused => {
+                summary.paused += 1;
                 kept.insert(id);
             }
             Outcome::Failed => summary.failed += 1,
@@ -71,14 +87,36 @@ pub(super) async fn reconcile(pool: &Arc<Pool>, records: Vec<SandboxRecord>) -> 
             Outcome::Deleted => summary.deleted += 1,
         }
     }
-    kill_strays(pool, &kept, &mut summary).await;
+    kill_strays(pool, &running, &mut summary).await;
+    summary.stray_monitors += pool.shells.remove_strays().await;
     remove_stray_folders(pool, &kept, &mut summary);
+    // What is left was to be of sandboxes that have no record.
+    for making in making.into_values() {
+        forget(pool, making).await;
+    }
+    tidy_snapshots(pool, &mut summary);
+    pool.collect().await;
     summary
+}
+
+/// Snapshots that an earlier daemon was in the middle of, by their sandbox. Those
+/// without one are of templates, and are begun anew.
+fn unfinished(pool: &Pool) -> HashMap<SandboxId, SnapshotRecord> {
+    let of = |record: &SnapshotRecord| {
+        // Any key that no record has, so that it is found left over.
+        record.sandbox.clone().or_else(|| SandboxId::random().ok())
+    };
+    pool.snapshots
+        .list(|record| !record.is_ready())
+        .into_iter()
+        .filter_map(|record| Some((of(&record)?, record)))
+        .collect()
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Outcome {
     Adopted,
+    Paused,
     /// It has become failed just now.
     Failed,
     /// It had failed before.
@@ -87,19 +125,41 @@ enum Outcome {
     Deleted,
 }
 
-async fn one(pool: &Arc<Pool>, record: SandboxRecord) -> Outcome {
+async fn one(pool: &Arc<Pool>, record: SandboxRecord, making: Option<SnapshotRecord>) -> Outcome {
     let mut actor = Actor::new(pool, record);
+    actor.making = making.map(|making| {
+        let layering = Layering::above(&actor.record.chains, &making.id);
+        Making {
+            record: making,
+            layering,
+            swapped: false,
+        }
+    });
     match actor.record.state {
-        State::Running | State::Failed if actor.record.goes_with_exec => {
+        State::Running | State::Failed | State::Pausing | State::Paused | State::Resuming
+            if actor.record.goes_with_exec =>
+        {
             tracing::warn!(sandbox = %actor.record.id, "was to go with a call, which is over; deleting it");
-            remove(pool, &actor).await;
+            remove(pool, &mut actor).await;
             Outcome::Deleted
         }
         State::Failed => {
             keep(actor);
             Outcome::Kept
         }
-        State::Running => match adopt(&mut actor).await {
+        State::Paused => keep_paused(actor),
+        State::Resuming => {
+            end_monitor(&actor).await;
+            tracing::warn!(sandbox = %actor.record.id, "was coming back when the last daemon ended; it stays paused");
+            settle(&mut actor, Transition::Settle, Vec::new()).await;
+            keep_paused(actor)
+        }
+        State::Pausing if actor.is_sealed() => {
+            end_monitor(&actor).await;
+            finish_pause(&mut actor).await;
+            keep_paused(actor)
+        }
+        State::Running | State::Pausing => match adopt(&mut actor).await {
             Ok(()) => {
                 tracing::info!(sandbox = %actor.record.id, "adopted");
                 keep(actor);
@@ -114,9 +174,72 @@ async fn one(pool: &Arc<Pool>, record: SandboxRecord) -> Outcome {
         State::Pending | State::Starting | State::Stopping | State::Stopped => {
             // Nothing of it stays, and who asked for it may ask again.
             tracing::warn!(sandbox = %actor.record.id, state = %actor.record.state, "was cut off; removing what is left of it");
-            remove(pool, &actor).await;
+            remove(pool, &mut actor).await;
             Outcome::Undone
         }
+    }
+}
+
+impl Actor {
+    /// Whether all files of the snapshot that it was in the middle of are there.
+    fn is_sealed(&self) -> bool {
+        self.making
+            .as_ref()
+            .is_some_and(|making| self.pool.snapshots.files(&making.record.id).is_sealed())
+    }
+}
+
+/// Its monitor has written all of it: only the record is wanting.
+async fn finish_pause(actor: &mut Actor) {
+    let Some(making) = actor.making.take() else {
+        return;
+    };
+    let snapshot = sealed(actor, making.record);
+    let step = Transition::Paused {
+        saved: snapshot.id.clone(),
+        chains: snapshot.chains.clone(),
+    };
+    settle(actor, step, vec![Change::PutSnapshot(snapshot.clone())]).await;
+    actor.pool.snapshots.put(snapshot);
+}
+
+/// The record of a snapshot whose files are all there.
+fn sealed(actor: &Actor, record: SnapshotRecord) -> SnapshotRecord {
+    let sizes = actor.pool.snapshots.files(&record.id).sizes();
+    SnapshotRecord {
+        state: SnapshotState::Ready,
+        memory_bytes: sizes.memory_bytes,
+        disk_bytes: sizes.disk_bytes,
+        ..record
+    }
+}
+
+/// Stores a step of a sandbox that has no machine.
+async fn settle(actor: &mut Actor, step: Transition, mut changes: Vec<Change>) {
+    match actor.record.apply(step) {
+        Ok(next) => actor.record = next,
+        Err(error) => tracing::error!(sandbox = %actor.record.id, %error, "not settled"),
+    }
+    changes.push(Change::PutSandbox(actor.record.clone()));
+    if let Err(error) = actor.pool.store.commit(changes).await {
+        tracing::error!(sandbox = %actor.record.id, %error, "what it is now is not on disk");
+    }
+}
+
+fn keep_paused(mut actor: Actor) -> Outcome {
+    if let Err(error) = actor.files.clear(None) {
+        tracing::debug!(sandbox = %actor.record.id, %error, "files of its last machine stay");
+    }
+    let disk = Amounts::disk_of(actor.record.resources);
+    actor.reservation = Some(actor.pool.admission.adopt(disk));
+    tracing::info!(sandbox = %actor.record.id, "paused");
+    keep(actor);
+    Outcome::Paused
+}
+
+async fn end_monitor(actor: &Actor) {
+    if let Some(Ok(mut process)) = actor.record.monitor.map(MonitorProcess::find) {
+        process.end().await;
     }
 }
 
@@ -142,46 +265,123 @@ async fn adopt(actor: &mut Actor) -> Result<(), Failure> {
             )));
         }
     };
-    let mut machine = Machine::new(process, socket);
-    let guest = Guest::new(&actor.files.vsock_socket());
-    let asked = async {
-        let monitor = machine.control.metrics().await;
-        monitor.map_err(|error| format!("the monitor did not answer: {error}"))?;
-        let agent = guest.health().await;
-        agent.map_err(|status| {
-            let said = printable(status.message(), MAX_SENTENCE_CHARS);
-            format!("the guest's agent did not answer: {said}")
-        })
-    };
-    let answered = match timeout(ANSWER, asked).await {
-        Ok(answered) => answered.map(|_| ()),
-        Err(_) => Err("neither monitor nor guest answered in time".to_owned()),
+    actor.machine = Some(Machine::new(process, socket));
+    actor.guest = Some(Guest::new(&actor.files.vsock_socket()));
+    // What stands still is heard after it has been told to run on.
+    let answered = match timeout(ANSWER, ask_monitor(actor)).await {
+        Ok(Ok(metrics)) => {
+            finish_snapshot(actor, &metrics).await;
+            match timeout(ANSWER, ask_guest(actor)).await {
+                Ok(answered) => answered,
+                Err(_) => Err("the guest's agent did not answer in time".to_owned()),
+            }
+        }
+        Ok(Err(message)) => Err(message),
+        Err(_) => Err("the monitor did not answer in time".to_owned()),
     };
     match answered {
         Ok(()) => {
             actor.reservation = Some(actor.pool.admission.adopt(actor.record.resources));
-            actor.machine = Some(machine);
-            actor.guest = Some(guest);
             Ok(())
         }
         Err(message) => {
-            machine.stop().await;
+            actor.guest = None;
+            if let Some(mut machine) = actor.machine.take() {
+                machine.stop().await;
+            }
             Err(lost(message))
         }
     }
 }
 
-async fn give_up(actor: &mut Actor, why: Failure) {
-    tracing::warn!(sandbox = %actor.record.id, reason = why.reason, message = why.message, "could not be adopted; it is failed");
-    if let Err(error) = actor.transition(Transition::Fail(why)).await {
-        tracing::error!(sandbox = %actor.record.id, %error, "the failure is not on disk");
+async fn ask_monitor(actor: &Actor) -> Result<Metrics, String> {
+    let Some(machine) = &actor.machine else {
+        return Err("there is no monitor".to_owned());
+    };
+    let metrics = machine.control.metrics().await;
+    metrics.map_err(|error| format!("the monitor did not answer: {error}"))
+}
+
+async fn ask_guest(actor: &Actor) -> Result<(), String> {
+    let Some(guest) = &actor.guest else {
+        return Err("there is no guest".to_owned());
+    };
+    let answered = guest.health().await;
+    answered.map(|_| ()).map_err(|status| {
+        let said = printable(status.message(), MAX_SENTENCE_CHARS);
+        format!("the guest's agent did not answer: {said}")
+    })
+}
+
+/// Ends a snapshot or a pause that an earlier daemon was in the middle of, and has
+/// the machine run on.
+async fn finish_snapshot(actor: &mut Actor, metrics: &Metrics) {
+    let pausing = actor.record.state == State::Pausing;
+    let is_sealed = actor.is_sealed();
+    let Some(mut making) = actor.making.take() else {
+        return;
+    };
+    let id = making.record.id.clone();
+    tracing::warn!(sandbox = %actor.record.id, snapshot = %id, "was being saved when the last daemon ended; it runs on");
+    let noted = actor.record.chains.disk.contains(&id);
+    making.swapped = noted || has_swapped(actor, metrics);
+    let mut changes = if making.swapped && is_sealed {
+        let snapshot = sealed(actor, making.record);
+        let disk_chain = making.layering.chains.disk;
+        if let Ok(next) = actor.record.apply(Transition::Saved { disk_chain }) {
+            actor.record = next;
+        }
+        actor.pool.snapshots.put(snapshot.clone());
+        vec![Change::PutSnapshot(snapshot)]
+    } else if noted {
+        let layer = making.record.into_layer();
+        actor.pool.snapshots.put(layer.clone());
+        vec![Change::PutSnapshot(layer)]
+    } else if making.swapped {
+        actor.keep_layer(making).await
+    } else {
+        actor.forget_making(making)
+    };
+    actor.run_on().await;
+    if pausing && let Ok(running) = actor.record.apply(Transition::Continue) {
+        actor.record = running;
     }
-    if let Err(error) = actor.files.remove() {
-        tracing::error!(sandbox = %actor.record.id, %error, "files are left over");
+    changes.push(Change::PutSandbox(actor.record.clone()));
+    if let Err(error) = actor.pool.store.commit(changes).await {
+        tracing::error!(sandbox = %actor.record.id, %error, "that its snapshot is settled is not on disk");
+    }
+    if let Err(error) = actor.files.remove_layers(Some(actor.record.layer)) {
+        tracing::warn!(sandbox = %actor.record.id, %error, "an old layer stays");
     }
 }
 
-/// Gives the record its actor.
+/// Whether the machine writes to another disk layer than its record says. The
+/// monitor counts the layers that it has open, frozen ones and the top one.
+fn has_swapped(actor: &Actor, metrics: &Metrics) -> bool {
+    let layers = metrics
+        .devices
+        .get("block.root")
+        .and_then(|counters| counters.values.get("layers"));
+    let recorded = actor.record.chains.disk.len() as u64 + 1;
+    layers.is_some_and(|layers| *layers != recorded)
+}
+
+async fn give_up(actor: &mut Actor, why: Failure) {
+    tracing::warn!(sandbox = %actor.record.id, reason = why.reason, message = why.message, "could not be adopted; it is failed");
+    if actor.is_sealed()
+        && let Some(making) = actor.making.take()
+    {
+        // Whoever asked for it can have it, though its sandbox is gone.
+        let snapshot = sealed(actor, making.record);
+        let stored = vec![Change::PutSnapshot(snapshot.clone())];
+        if let Err(error) = actor.pool.store.commit(stored).await {
+            tracing::error!(snapshot = %snapshot.id, %error, "that it is whole is not on disk");
+        }
+        actor.pool.snapshots.put(snapshot);
+    }
+    actor.store_failure(why).await;
+}
+
 fn keep(actor: Actor) {
     let (commands, commands_rx) = mpsc::channel(MAX_COMMANDS);
     let pool = Arc::clone(&actor.pool);
@@ -190,16 +390,17 @@ fn keep(actor: Actor) {
     pool.actors.spawn(actor.run_adopted(commands_rx));
 }
 
-/// Its monitor, its files, then its record.
-async fn remove(pool: &Pool, actor: &Actor) {
+async fn remove(pool: &Pool, actor: &mut Actor) {
+    end_monitor(actor).await;
+    let mut changes = match actor.making.take() {
+        Some(making) => actor.forget_making(making),
+        None => Vec::new(),
+    };
     let record = &actor.record;
-    if let Some(Ok(mut process)) = record.monitor.map(MonitorProcess::find) {
-        process.end().await;
-    }
     if let Err(error) = actor.files.remove() {
         tracing::error!(sandbox = %record.id, %error, "files are left over");
     }
-    let mut changes = vec![Change::RemoveSandbox(record.id.clone())];
+    changes.push(Change::RemoveSandbox(record.id.clone()));
     if let Some(request_id) = &record.request_id {
         changes.extend(pool.requests.sandbox_gone(request_id, &record.id));
         // The call was cut off: its caller will ask again.
@@ -207,6 +408,42 @@ async fn remove(pool: &Pool, actor: &Actor) {
     }
     if let Err(error) = pool.store.commit(changes).await {
         tracing::error!(sandbox = %record.id, %error, "its record stays");
+    }
+}
+
+async fn forget(pool: &Pool, record: SnapshotRecord) {
+    tracing::warn!(snapshot = %record.id, "was cut off; removing what is left of it");
+    pool.snapshots.remove(&record.id);
+    if let Err(error) = pool.snapshots.files(&record.id).remove() {
+        tracing::error!(snapshot = %record.id, %error, "files are left over");
+    }
+    let removed = pool.store.commit(vec![Change::RemoveSnapshot(record.id)]);
+    if let Err(error) = removed.await {
+        tracing::error!(%error, "the record of a snapshot stays");
+    }
+}
+
+/// Removes folders without a record, and of layers what is none.
+fn tidy_snapshots(pool: &Pool, summary: &mut Summary) {
+    let folder = pool.snapshots.folder();
+    for entry in std::fs::read_dir(folder).into_iter().flatten().flatten() {
+        let name = entry.file_name();
+        let Some(id) = name.to_str().and_then(SnapshotFiles::id_of) else {
+            continue;
+        };
+        let files = pool.snapshots.files(&id);
+        let tidied = match pool.snapshots.get(&id) {
+            Some(record) if record.kind == SnapshotKind::Layer => files.keep_layer().map(|_| ()),
+            Some(_) => Ok(()),
+            None => {
+                tracing::warn!(path = %entry.path().display(), "a folder without a snapshot; removing it");
+                summary.stray_folders += 1;
+                files.remove()
+            }
+        };
+        if let Err(error) = tidied {
+            tracing::error!(snapshot = %id, %error, "files of it stay");
+        }
     }
 }
 
@@ -298,11 +535,11 @@ mod tests {
         for (sequence, record) in (1..).zip(&mut records) {
             record.sequence = sequence;
             SandboxFiles::new(&config.paths, &record.id)
-                .create(128)
+                .create(0)
                 .unwrap();
         }
         SandboxFiles::new(&config.paths, &SandboxId::random().unwrap())
-            .create(128)
+            .create(0)
             .unwrap();
         std::fs::write(sandboxes.join("README"), "not ours").unwrap();
         {

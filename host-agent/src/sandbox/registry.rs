@@ -8,7 +8,7 @@ use tokio::sync::{broadcast, mpsc, watch};
 use super::actor::Command;
 use crate::guest::Guest;
 use crate::id::SandboxId;
-use crate::monitor::{Control, private_bytes};
+use crate::monitor::{Control, anonymous_bytes};
 use crate::record::{MonitorIdentity, SandboxRecord};
 use crate::sync::lock;
 
@@ -75,9 +75,14 @@ struct Entry {
 // === impl Live ===
 
 impl Live {
-    /// The monitor's memory outside that of its guest.
-    pub fn monitor_private_bytes(&self) -> u64 {
-        private_bytes(self.monitor)
+    /// The process that runs it: another one once it has been restored.
+    pub fn monitor(&self) -> MonitorIdentity {
+        self.monitor
+    }
+
+    /// The monitor's own memory, when its guest alone holds so much.
+    pub fn monitor_private_bytes(&self, guest_private_bytes: u64) -> u64 {
+        anonymous_bytes(self.monitor).saturating_sub(guest_private_bytes)
     }
 }
 
@@ -176,6 +181,13 @@ impl Registry {
     ) -> Vec<SandboxRecord> {
         let inner = lock(&self.inner);
         inner.records(after).filter(filter).take(limit).collect()
+    }
+
+    /// Looks at every record there is.
+    pub(super) fn for_each(&self, mut look: impl FnMut(&SandboxRecord)) {
+        for entry in lock(&self.inner).entries.values() {
+            look(&entry.view.borrow().record);
+        }
     }
 
     pub(super) fn subscribe(&self) -> Subscription {

@@ -209,6 +209,7 @@ mod tests {
         Reply::Created {
             record: Box::new(sample(State::Running)),
             stages: Vec::new(),
+            restored: false,
         }
     }
 

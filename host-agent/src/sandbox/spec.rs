@@ -11,18 +11,20 @@ use super::error::CreateError;
 use super::{MAX_DISK_MIB, MAX_MEMORY_MIB, MAX_TTL_SECONDS, MAX_VCPUS, MIN_MEMORY_MIB};
 use crate::admission::Amounts;
 use crate::config::{Defaults, Limits};
+use crate::id::SnapshotId;
 use crate::record::Resources;
 use crate::status::FieldViolation;
-use crate::template::Manifest;
+use crate::template::{Manifest, is_template_name};
 
 const MAX_REQUEST_ID_BYTES: usize = 128;
 const MAX_LABELS: usize = 64;
+const MAX_FORKS: u32 = 1000;
 const MAX_LABEL_KEY_BYTES: usize = 63;
 const MAX_LABEL_VALUE_BYTES: usize = 255;
 
 /// A request whose fields are well-formed. Zeros and absent fields stand for
 /// defaults, as they were sent: two requests are the same when these are.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
 pub struct CreateSpec {
     #[serde(skip)]
     pub request_id: Option<String>,
@@ -33,6 +35,23 @@ pub struct CreateSpec {
     pub disk_mib: Option<u32>,
     pub ttl: Option<Duration>,
     pub labels: BTreeMap<String, String>,
+}
+
+/// A snapshot to be made.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SnapshotSpec {
+    pub name: Option<String>,
+    pub labels: BTreeMap<String, String>,
+    pub cold: bool,
+}
+
+/// A fork to be made.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ForkSpec {
+    pub count: u32,
+    pub labels: BTreeMap<String, String>,
+    pub ttl: Option<Duration>,
+    pub delete_parent: bool,
 }
 
 /// Collects what is wrong with a request.
@@ -79,30 +98,7 @@ impl CreateSpec {
                 format!("is {}; give at most {MAX_DISK_MIB}", resources.disk_mib),
             );
         }
-        let ttl = request.ttl.and_then(|ttl| match Duration::try_from(ttl) {
-            Ok(ttl) if ttl.is_zero() => {
-                violations.add(
-                    "ttl",
-                    "is zero; leave it out for the node's default".to_owned(),
-                );
-                None
-            }
-            Ok(ttl) if ttl > Duration::from_secs(MAX_TTL_SECONDS) => {
-                violations.add(
-                    "ttl",
-                    format!(
-                        "is {} s; give at most {MAX_TTL_SECONDS} s, or leave it out",
-                        ttl.as_secs()
-                    ),
-                );
-                None
-            }
-            Ok(ttl) => Some(ttl),
-            Err(_) => {
-                violations.add("ttl", "is negative; give a positive duration".to_owned());
-                None
-            }
-        });
+        let ttl = check_ttl(request.ttl, &mut violations);
         let labels = check_labels(request.labels, &mut violations);
         violations.into_result()?;
         Ok(Self {
@@ -141,55 +137,97 @@ impl CreateSpec {
                 ),
             );
         }
-        let vcpus = capacity.vcpus.min(max_vcpus.into());
-        for (field, asked, most) in [
-            ("resources.vcpus", resources.vcpus, vcpus),
-            (
-                "resources.memory_mib",
-                resources.memory_mib,
-                capacity.memory_mib,
-            ),
-            ("resources.disk_mib", resources.disk_mib, capacity.disk_mib),
-        ] {
-            if u64::from(asked) > most {
-                violations.add(
-                    field,
-                    format!("is {asked}, more than this node has in all; give at most {most}"),
-                );
-            }
-        }
+        check_capacity(resources, capacity, max_vcpus, &mut violations);
         violations.into_result()?;
         Ok(resources)
     }
 
-    /// How long the sandbox lives; none for no end.
-    pub(super) fn resolve_ttl(
+    /// The sizes of a snapshot, which cannot be changed.
+    pub(super) fn resolve_of(
         &self,
-        defaults: &Defaults,
-        limits: &Limits,
-    ) -> Result<Option<Duration>, CreateError> {
-        let seconds = |value: u64| (value != 0).then(|| Duration::from_secs(value));
-        let most = seconds(limits.max_ttl_seconds);
-        if let (Some(asked), Some(most)) = (self.ttl, most)
-            && asked > most
-        {
-            let mut violations = Violations::default();
-            violations.add(
-                "ttl",
-                format!(
-                    "is {} s; this node allows at most {} s",
-                    asked.as_secs(),
-                    most.as_secs()
-                ),
-            );
-            violations.into_result()?;
+        resources: Resources,
+        capacity: Amounts,
+        max_vcpus: u32,
+    ) -> Result<Resources, CreateError> {
+        let mut violations = Violations::default();
+        for (field, asked, has) in [
+            ("resources.vcpus", self.vcpus, resources.vcpus),
+            (
+                "resources.memory_mib",
+                self.memory_mib,
+                resources.memory_mib,
+            ),
+            ("resources.disk_mib", self.disk_mib, resources.disk_mib),
+        ] {
+            if let Some(asked) = asked
+                && asked != has
+            {
+                let mend = format!("is {asked}, but the snapshot has {has}; leave it out");
+                violations.add(field, mend);
+            }
         }
-        Ok(self.ttl.or(seconds(defaults.ttl_seconds)).or(most))
+        check_capacity(resources, capacity, max_vcpus, &mut violations);
+        violations.into_result()?;
+        Ok(resources)
     }
 
     /// What is compared to tell a repeated request from another one.
     pub(super) fn body(&self) -> serde_json::Value {
         serde_json::json!(self)
+    }
+}
+
+// === impl SnapshotSpec ===
+
+impl SnapshotSpec {
+    pub fn parse(request: proto::SnapshotSandboxRequest) -> Result<Self, CreateError> {
+        let mut violations = Violations::default();
+        let name = Some(request.name).filter(|name| !name.is_empty());
+        if let Some(name) = &name
+            && (!is_template_name(name) || name.parse::<SnapshotId>().is_ok())
+        {
+            violations.add(
+                "name",
+                "is no name; give 1 to 64 of [a-z0-9._-], starting with a letter or digit, and no snapshot's id".to_owned(),
+            );
+        }
+        let labels = check_labels(request.labels, &mut violations);
+        violations.into_result()?;
+        Ok(Self {
+            name,
+            labels,
+            cold: request.cold,
+        })
+    }
+
+    /// What to say when a template has the name.
+    pub(super) fn name_is_a_templates(&self) -> FieldViolation {
+        let name = self.name.as_deref().unwrap_or_default();
+        FieldViolation {
+            field: "name".to_owned(),
+            description: format!("is {name:?}, which a template has; choose another"),
+        }
+    }
+}
+
+// === impl ForkSpec ===
+
+impl ForkSpec {
+    pub fn parse(request: proto::ForkSandboxRequest) -> Result<Self, CreateError> {
+        let mut violations = Violations::default();
+        if !(1..=MAX_FORKS).contains(&request.count) {
+            let mend = format!("is {}; give 1 to {MAX_FORKS}", request.count);
+            violations.add("count", mend);
+        }
+        let ttl = check_ttl(request.ttl, &mut violations);
+        let labels = check_labels(request.labels, &mut violations);
+        violations.into_result()?;
+        Ok(Self {
+            count: request.count,
+            labels,
+            ttl,
+            delete_parent: request.delete_parent,
+        })
     }
 }
 
@@ -210,6 +248,84 @@ impl Violations {
             Err(CreateError::Invalid(self.0))
         }
     }
+}
+
+/// How long a sandbox lives that is to live `asked`; none for no end.
+pub(super) fn resolve_ttl(
+    asked: Option<Duration>,
+    defaults: &Defaults,
+    limits: &Limits,
+) -> Result<Option<Duration>, CreateError> {
+    let seconds = |value: u64| (value != 0).then(|| Duration::from_secs(value));
+    let most = seconds(limits.max_ttl_seconds);
+    if let (Some(asked), Some(most)) = (asked, most)
+        && asked > most
+    {
+        let mut violations = Violations::default();
+        violations.add(
+            "ttl",
+            format!(
+                "is {} s; this node allows at most {} s",
+                asked.as_secs(),
+                most.as_secs()
+            ),
+        );
+        violations.into_result()?;
+    }
+    Ok(asked.or(seconds(defaults.ttl_seconds)).or(most))
+}
+
+/// What no state of this node could serve.
+fn check_capacity(
+    resources: Resources,
+    capacity: Amounts,
+    max_vcpus: u32,
+    violations: &mut Violations,
+) {
+    let vcpus = capacity.vcpus.min(max_vcpus.into());
+    for (field, asked, most) in [
+        ("resources.vcpus", resources.vcpus, vcpus),
+        (
+            "resources.memory_mib",
+            resources.memory_mib,
+            capacity.memory_mib,
+        ),
+        ("resources.disk_mib", resources.disk_mib, capacity.disk_mib),
+    ] {
+        if u64::from(asked) > most {
+            violations.add(
+                field,
+                format!("is {asked}, more than this node has in all; give at most {most}"),
+            );
+        }
+    }
+}
+
+fn check_ttl(ttl: Option<prost_types::Duration>, violations: &mut Violations) -> Option<Duration> {
+    ttl.and_then(|ttl| match Duration::try_from(ttl) {
+        Ok(ttl) if ttl.is_zero() => {
+            violations.add(
+                "ttl",
+                "is zero; leave it out for the node's default".to_owned(),
+            );
+            None
+        }
+        Ok(ttl) if ttl > Duration::from_secs(MAX_TTL_SECONDS) => {
+            violations.add(
+                "ttl",
+                format!(
+                    "is {} s; give at most {MAX_TTL_SECONDS} s, or leave it out",
+                    ttl.as_secs()
+                ),
+            );
+            None
+        }
+        Ok(ttl) => Some(ttl),
+        Err(_) => {
+            violations.add("ttl", "is negative; give a positive duration".to_owned());
+            None
+        }
+    })
 }
 
 fn check_labels(
@@ -457,7 +573,7 @@ mod tests {
             .unwrap()
         };
         let defaults = Defaults::default();
-        let ttl = |seconds, limits: &Limits| spec(seconds).resolve_ttl(&defaults, limits);
+        let ttl = |seconds, limits: &Limits| resolve_ttl(spec(seconds).ttl, &defaults, limits);
         assert_eq!(ttl(None, &Limits::default()).unwrap(), None);
         assert_eq!(ttl(None, &limits).unwrap(), Some(Duration::from_secs(60)));
         assert_eq!(ttl(Some(5), &limits).unwrap(), Some(Duration::from_secs(5)));

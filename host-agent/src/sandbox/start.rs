@@ -8,14 +8,16 @@ use tokio::time::timeout;
 use tonic::Status;
 
 use super::actor::Actor;
+use super::create::Origin;
 use super::error::StartError;
 use super::files::BootFiles;
-use super::machine::{Machine, console_text, failure};
+use super::launch::{Launched, Wanted};
+use super::machine::{console_text, failure};
 use super::requests::Claimed;
-use crate::guest::Guest;
+use crate::guest::{Guest, Identity};
 use crate::kvm::UsableKvm;
 use crate::monitor::RequestError;
-use crate::record::{Resources, Transition};
+use crate::record::{Chains, Resources, Transition};
 use crate::store::Change;
 use crate::template::OpenTemplate;
 use crate::text::printable;
@@ -23,7 +25,7 @@ use crate::time::Stopwatch;
 
 /// No PCI and no legacy devices; a panic ends the guest at once, and whatever
 /// ends it goes through ACPI, where the monitor sees it.
-const KERNEL_CMDLINE: &str = "console=ttyS0 root=/dev/vda rootfstype=ext4 rw init=/sbin/init \
+pub(super) const KERNEL_CMDLINE: &str = "console=ttyS0 root=/dev/vda rootfstype=ext4 rw init=/sbin/init \
      panic=-1 reboot=acpi quiet loglevel=4 8250.nr_uarts=1 pci=off random.trust_cpu=on";
 
 /// Every monitor has a vsock of its own, so all guests can be the first.
@@ -36,47 +38,85 @@ pub(super) const MAX_SENTENCE_CHARS: usize = 500;
 const CONSOLE: Duration = Duration::from_millis(500);
 
 impl Actor {
-    /// On an error, or when this is dropped, what exists of the sandbox is in
-    /// `self`, for [`Actor::stop`] to take down.
+    /// Returns whether it was restored. On an error, or when this is dropped, what
+    /// exists of the sandbox is in `self`, for [`Actor::stop`] to take down.
     pub(super) async fn start(
         &mut self,
-        template: OpenTemplate,
+        origin: Origin,
         claimed: Option<&Claimed>,
         watch: &mut Stopwatch,
-    ) -> Result<(), StartError> {
-        let mut changes = vec![Change::PutSandbox(self.record.clone())];
+    ) -> Result<bool, StartError> {
+        // Watchers see both steps; the disk sees them as one.
+        let starting = self.record.apply(Transition::Start)?;
+        let mut changes = vec![Change::PutSandbox(starting.clone())];
         changes.extend(claimed.and_then(|claimed| claimed.admitted(&self.record.id)));
         self.pool.store.commit(changes).await?;
         self.publish();
-        self.transition(Transition::Start).await?;
+        self.record = starting;
+        self.publish();
         watch.lap("admission");
 
-        let files = self.files.create(self.record.resources.memory_mib)?;
-        let log = files
-            .log
-            .try_clone()
-            .map_err(|source| StartError::Prepare {
-                what: "log",
-                source,
-            })?;
+        let id = self.record.id.clone();
+        match origin {
+            Origin::Boot(template) => {
+                self.boot(&template, watch).await?;
+                Ok(false)
+            }
+            Origin::Restore(plan) => {
+                let identity = Identity::New(id.as_str());
+                self.restore(&plan, identity, watch).await?;
+                Ok(true)
+            }
+            Origin::Template { plan, template } => {
+                let identity = Identity::New(id.as_str());
+                match self.restore(&plan, identity, watch).await {
+                    Ok(()) => return Ok(true),
+                    Err(error) if !error.may_boot_instead() => return Err(error),
+                    Err(error) => {
+                        tracing::warn!(sandbox = %id, snapshot = %plan.snapshot, %error, "not restored; booting it instead");
+                    }
+                }
+                self.pool.discard_template_snapshot(&plan.snapshot).await;
+                self.begin_again().await?;
+                watch.lap("not_restored");
+                self.boot(&template, watch).await?;
+                Ok(false)
+            }
+        }
+    }
+
+    /// Takes down what a restore has left, so that it can be booted.
+    async fn begin_again(&mut self) -> Result<(), StartError> {
+        if let Some(mut machine) = self.machine.take() {
+            machine.process.end().await;
+        }
+        let removed = self.files.remove();
+        removed.map_err(|source| StartError::Prepare {
+            what: "folder",
+            source,
+        })?;
+        self.record.monitor = None;
+        self.record.chains = Chains::default();
+        self.record.snapshot = None;
+        Ok(())
+    }
+
+    /// From a template's kernel to a guest that has run a program.
+    pub(super) async fn boot(
+        &mut self,
+        template: &OpenTemplate,
+        watch: &mut Stopwatch,
+    ) -> Result<(), StartError> {
+        let files = self.files.create(self.record.layer)?;
         watch.lap("prepare");
 
-        // No await between the start and the note of it in `self`.
-        let (process, socket) =
-            crate::monitor::spawn(&self.pool.monitor_binary, log).map_err(|error| {
-                StartError::Spawn {
-                    error,
-                    log_line: self.files.last_log_line(),
-                }
-            })?;
-        let identity = process.identity();
-        self.machine = Some(Machine::new(process, socket));
-        self.transition(Transition::Spawned(identity)).await?;
-        watch.lap("spawn");
+        let launched = self.launch(Wanted::New, watch)?;
+        self.note(&self.pool).await?;
+        self.publish();
 
         let timeout_ms = self.pool.config.timeouts.boot_ms;
-        let boot = self.boot(&template, files, watch);
-        match timeout(Duration::from_millis(timeout_ms), boot).await {
+        let booting = self.boot_machine(template, files, launched, watch);
+        match timeout(Duration::from_millis(timeout_ms), booting).await {
             Ok(booted) => booted?,
             Err(_) => {
                 return Err(StartError::BootTimeout {
@@ -90,8 +130,8 @@ impl Actor {
 
         let guest = Guest::new(&self.files.vsock_socket());
         let hostname = self.record.id.as_str().to_owned();
-        self.ask("take its name and the time", guest.configure(&hostname))
-            .await?;
+        let configured = guest.configure(Identity::New(&hostname));
+        self.ask("take its name and the time", configured).await?;
         watch.lap("configure");
 
         self.ask("run /bin/true", guest.prove_exec()).await?;
@@ -100,18 +140,27 @@ impl Actor {
         Ok(())
     }
 
+    /// The error with the monitor's last words, where it has ended.
+    pub(super) async fn explain(&mut self, error: StartError) -> StartError {
+        match error {
+            StartError::Gone => StartError::Ended(self.bury().await),
+            other => other,
+        }
+    }
+
     /// Hands the monitor its machine and waits for the guest's ready-call.
-    async fn boot(
+    async fn boot_machine(
         &mut self,
         template: &OpenTemplate,
         files: BootFiles,
+        launched: Launched,
         watch: &mut Stopwatch,
     ) -> Result<(), StartError> {
         let kvm = self.pool.kvm.get().map_err(|error| StartError::Refused {
             code: proto::error::Code::Kvm,
             message: error.to_string(),
         })?;
-        let (boot, fds) = boot_request(self.record.resources, template, &kvm, &files);
+        let (boot, fds) = boot_request(self.record.resources, template, &kvm, &files, &launched);
         let Some(machine) = self.machine.as_mut() else {
             return Err(StartError::Protocol);
         };
@@ -142,7 +191,7 @@ impl Actor {
     }
 
     /// One call to the agent, ended by the machine's end or the boot's limit.
-    async fn ask(
+    pub(super) async fn ask(
         &mut self,
         step: &'static str,
         call: impl Future<Output = Result<(), Status>>,
@@ -187,6 +236,7 @@ fn boot_request<'fd>(
     template: &'fd OpenTemplate,
     kvm: &'fd UsableKvm,
     files: &'fd BootFiles,
+    launched: &'fd Launched,
 ) -> (proto::Boot, Vec<BorrowedFd<'fd>>) {
     let mut fds = Vec::new();
     let mut attach = |fd: BorrowedFd<'fd>| {
@@ -195,10 +245,10 @@ fn boot_request<'fd>(
     };
     let boot = proto::Boot {
         kvm_fd: attach(kvm.device.as_fd()),
-        memory_fd: attach(files.memory.as_fd()),
         kernel_fd: attach(template.kernel.as_fd()),
         console_fd: None,
         control_listener_fd: Some(attach(files.control_listener.as_fd())),
+        pagemap_fd: launched.pagemap.as_ref().map(|fd| attach(fd.as_fd())),
         machine: Some(proto::MachineConfig {
             vcpu_count: resources.vcpus,
             memory_mib: resources.memory_mib,

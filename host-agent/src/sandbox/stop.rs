@@ -2,10 +2,9 @@
 
 use std::time::Duration;
 
-use tokio::sync::mpsc;
 use tokio::time::{Instant, timeout_at};
 
-use super::actor::{Actor, Command, Delete, next_delete};
+use super::actor::{Actor, Delete, Inbox};
 use super::error::DeleteError;
 use crate::record::{State, Transition};
 use crate::store::Change;
@@ -17,11 +16,7 @@ impl Actor {
     /// Takes the sandbox down and answers `deletes`, and every delete that
     /// comes meanwhile. Returns when its record is gone, or when the daemon
     /// leaves.
-    pub(super) async fn stop(
-        mut self,
-        mut deletes: Vec<Delete>,
-        mut commands: mpsc::Receiver<Command>,
-    ) {
+    pub(super) async fn stop(mut self, mut deletes: Vec<Delete>, mut inbox: Inbox) {
         if self.record.state != State::Stopping
             && let Err(error) = self.transition(Transition::Stop).await
         {
@@ -31,7 +26,7 @@ impl Actor {
         }
         let force = |deletes: &[Delete]| deletes.iter().any(|delete| delete.force);
         if self.guest.is_some() && !force(&deletes) {
-            self.stop_cleanly(&mut deletes, &mut commands).await;
+            self.stop_cleanly(&mut deletes, &mut inbox).await;
         }
         if let Some(mut machine) = self.machine.take() {
             machine.stop().await;
@@ -49,15 +44,15 @@ impl Actor {
                 break;
             }
             tokio::select! {
-                Some(delete) = next_delete(&mut commands) => deletes.push(delete),
+                Some(delete) = inbox.next_delete() => deletes.push(delete),
                 () = tokio::time::sleep(TRY_AGAIN) => {}
                 () = leave.cancelled() => return,
             }
         }
         tracing::info!(sandbox = %self.record.id, "deleted");
         // Nobody finds the sandbox any more, but some may have found it before.
-        commands.close();
-        while let Some(delete) = next_delete(&mut commands).await {
+        inbox.close();
+        while let Some(delete) = inbox.next_delete().await {
             deletes.push(delete);
         }
         answer(&mut deletes, &Ok(()));
@@ -65,11 +60,7 @@ impl Actor {
 
     /// Lets the guest stop its programs and unmount, until it has, its time is
     /// over, or somebody has no patience.
-    async fn stop_cleanly(
-        &mut self,
-        deletes: &mut Vec<Delete>,
-        commands: &mut mpsc::Receiver<Command>,
-    ) {
+    async fn stop_cleanly(&mut self, deletes: &mut Vec<Delete>, inbox: &mut Inbox) {
         let (Some(guest), Some(machine)) = (self.guest.take(), self.machine.as_mut()) else {
             return;
         };
@@ -85,7 +76,7 @@ impl Actor {
         let stopped = loop {
             tokio::select! {
                 stopped = &mut clean => break stopped,
-                Some(delete) = next_delete(commands) => {
+                Some(delete) = inbox.next_delete() => {
                     let force = delete.force;
                     deletes.push(delete);
                     if force {
@@ -105,13 +96,17 @@ impl Actor {
             message: error.to_string(),
         })?;
         self.reservation = None;
+        let mut changes = Vec::new();
+        if let Some(making) = self.making.take() {
+            changes = self.forget_making(making);
+        }
         let id = self.record.id.clone();
         if let Ok(stopped) = self.record.apply(Transition::Stopped) {
             // Stored only as the record's removal: one commit serves both.
             self.record = stopped;
             self.publish();
         }
-        let mut changes = vec![Change::RemoveSandbox(id.clone())];
+        changes.push(Change::RemoveSandbox(id.clone()));
         if let Some(request_id) = &self.record.request_id {
             changes.extend(self.pool.requests.sandbox_gone(request_id, &id));
         }
@@ -123,6 +118,7 @@ impl Actor {
                 message: error.to_string(),
             })?;
         self.pool.registry.remove(&id);
+        self.pool.collect().await;
         Ok(())
     }
 }

@@ -3,9 +3,10 @@
 use soulbox_proto::host::v1 as proto;
 
 use crate::admission::Amounts;
-use crate::record::{Resources, SandboxRecord, State};
+use crate::record::{Resources, SandboxRecord, SnapshotRecord, State};
 use crate::sandbox::Created;
 use crate::template::TemplateSummary;
+use crate::time::Stage;
 
 pub(super) fn sandbox(record: &SandboxRecord) -> proto::Sandbox {
     proto::Sandbox {
@@ -21,20 +22,50 @@ pub(super) fn sandbox(record: &SandboxRecord) -> proto::Sandbox {
             message: failure.message.clone(),
             console_tail: failure.console_tail.clone(),
         }),
+        snapshot_id: record
+            .snapshot
+            .as_ref()
+            .map_or_else(String::new, ToString::to_string),
+        parent_id: record
+            .parent
+            .as_ref()
+            .map_or_else(String::new, ToString::to_string),
     }
 }
 
 pub(super) fn created(created: Created) -> proto::CreateSandboxResponse {
     proto::CreateSandboxResponse {
         sandbox: Some(sandbox(&created.record)),
-        stages: created
-            .stages
-            .into_iter()
-            .map(|stage| proto::StageTime {
-                stage: stage.name,
-                duration_us: stage.duration_us,
-            })
-            .collect(),
+        stages: stages(created.stages),
+        restored: created.restored,
+    }
+}
+
+pub(super) fn stages(stages: Vec<Stage>) -> Vec<proto::StageTime> {
+    stages
+        .into_iter()
+        .map(|stage| proto::StageTime {
+            stage: stage.name,
+            duration_us: stage.duration_us,
+        })
+        .collect()
+}
+
+pub(super) fn snapshot(record: &SnapshotRecord, users: Vec<String>) -> proto::Snapshot {
+    let or_empty = |id: Option<String>| id.unwrap_or_default();
+    proto::Snapshot {
+        id: record.id.to_string(),
+        name: or_empty(record.name.clone()),
+        template: record.template.clone(),
+        sandbox_id: or_empty(record.sandbox.as_ref().map(ToString::to_string)),
+        parent_id: or_empty(record.parent().map(ToString::to_string)),
+        resources: Some(resources(record.resources)),
+        labels: record.labels.clone().into_iter().collect(),
+        create_time: Some(record.created_at.into()),
+        memory_bytes: record.memory_bytes,
+        disk_bytes: record.disk_bytes,
+        cold: record.cold,
+        users,
     }
 }
 
@@ -80,5 +111,8 @@ fn state(state: State) -> proto::SandboxState {
         State::Stopping => proto::SandboxState::Stopping,
         State::Stopped => proto::SandboxState::Stopped,
         State::Failed => proto::SandboxState::Failed,
+        State::Pausing => proto::SandboxState::Pausing,
+        State::Paused => proto::SandboxState::Paused,
+        State::Resuming => proto::SandboxState::Resuming,
     }
 }

@@ -19,8 +19,8 @@ use super::agent::told;
 use super::sandboxes::invalid;
 use crate::guest::Guest;
 use crate::id::SandboxId;
-use crate::record::State;
-use crate::sandbox::{Pool, UseError, View};
+use crate::record::{MonitorIdentity, State};
+use crate::sandbox::{Live, Pool, UseError, View};
 use crate::status::status;
 
 /// How long a broken connection to a guest may wait for the news that explains
@@ -95,7 +95,7 @@ async fn proxy(
     responses: &Responses,
 ) -> Result<(), Status> {
     let mut view = pool.view(id).map_err(|error| status(&error))?;
-    let guest = usable(&view.borrow()).map_err(|error| status(&error))?;
+    let live = usable(&view.borrow()).map_err(|error| status(&error))?;
     if delete_sandbox_after {
         // Before anything runs: this daemon may not live to delete it.
         let recorded = pool.go_with_exec(id).await;
@@ -104,12 +104,12 @@ async fn proxy(
     let (refused, refusal) = mpsc::channel(1);
     let input = input(process, requests, refused);
     let ended = {
-        let relayed = relay(guest, input, refusal, responses);
+        let relayed = relay(live.guest.clone(), input, refusal, responses);
         tokio::select! {
             // What the guest has said goes first: a program may end its sandbox.
             biased;
             relayed = relayed => relayed,
-            error = death(id, &mut view) => return Err(status(&error)),
+            error = death(id, live.monitor(), &mut view) => return Err(status(&error)),
         }
     };
     match ended {
@@ -117,7 +117,8 @@ async fn proxy(
         Err(Broken::Caller(status)) => Err(status),
         Err(Broken::Guest(said)) if is_connection_loss(&said) => {
             tracing::debug!(sandbox = %id, status = %said, "the connection to the agent broke");
-            let explained = tokio::time::timeout(EXPLANATION, death(id, &mut view)).await;
+            let explained =
+                tokio::time::timeout(EXPLANATION, death(id, live.monitor(), &mut view)).await;
             Err(status(
                 &explained.unwrap_or_else(|_| UseError::Lost { id: id.clone() }),
             ))
@@ -199,16 +200,17 @@ fn unreadable(field: &str, status: Status) -> Status {
     }
 }
 
-fn usable(view: &View) -> Result<Guest, UseError> {
+fn usable(view: &View) -> Result<Arc<Live>, UseError> {
     if let Some(error) = ended(view) {
         return Err(match error {
             UseError::Died { id, failure } => UseError::Failed { id, failure },
             UseError::Deleted { id } => UseError::NotFound(id.to_string()),
+            UseError::Interrupted { id, state } => UseError::NotRunning { id, state },
             other => other,
         });
     }
     match &view.live {
-        Some(live) => Ok(live.guest.clone()),
+        Some(live) => Ok(Arc::clone(live)),
         None => Err(UseError::NotRunning {
             id: view.record.id.clone(),
             state: view.record.state,
@@ -216,9 +218,26 @@ fn usable(view: &View) -> Result<Guest, UseError> {
     }
 }
 
-/// Waits until the sandbox is no longer one that runs, and says why.
-async fn death(id: &SandboxId, view: &mut watch::Receiver<View>) -> UseError {
+/// Waits until the sandbox is no longer one that runs, or runs again in another
+/// machine than that of `monitor`, and says why.
+async fn death(
+    id: &SandboxId,
+    monitor: MonitorIdentity,
+    view: &mut watch::Receiver<View>,
+) -> UseError {
     let deleted = || UseError::Deleted { id: id.clone() };
+    let ended = |view: &View| {
+        let restored = view
+            .live
+            .as_ref()
+            .is_some_and(|live| live.monitor() != monitor);
+        ended(view).or_else(|| {
+            restored.then(|| UseError::Interrupted {
+                id: id.clone(),
+                state: State::Resuming,
+            })
+        })
+    };
     match view.wait_for(|view| ended(view).is_some()).await {
         Ok(view) => ended(&view).unwrap_or_else(deleted),
         Err(_) => deleted(),
@@ -235,6 +254,9 @@ fn ended(view: &View) -> Option<UseError> {
             failure: failure.clone(),
         }),
         (_, State::Stopped) => Some(UseError::Deleted { id }),
+        (_, state @ (State::Pausing | State::Paused | State::Resuming)) => {
+            Some(UseError::Interrupted { id, state })
+        }
         _ if view.deleted => Some(UseError::Deleted { id }),
         _ => None,
     }
@@ -272,7 +294,12 @@ mod tests {
         let running = view(State::Running);
         let id = running.record.id.clone();
         let (sender, mut receiver) = watch::channel(running);
-        let waiting = tokio::spawn(async move { death(&id, &mut receiver).await });
+        let monitor = MonitorIdentity {
+            pid: 1,
+            start_time_ticks: 1,
+            boot_id: None,
+        };
+        let waiting = tokio::spawn(async move { death(&id, monitor, &mut receiver).await });
         sender.send_replace(view(State::Stopping));
         sender.send_replace(view(State::Failed));
         let error = waiting.await.unwrap();

@@ -5,6 +5,7 @@ mod convert;
 mod exec;
 mod node;
 mod sandboxes;
+mod snapshots;
 mod watch;
 
 pub use node::NodeApi;

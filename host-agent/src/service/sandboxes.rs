@@ -12,7 +12,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tonic::{Request, Response, Status, Streaming};
 
-use super::{convert, exec, watch};
+use super::{convert, exec, snapshots, watch};
 use crate::id::SandboxId;
 use crate::sandbox::{CreateError, CreateSpec, Pool};
 use crate::status::{Bug, FieldViolation, status};
@@ -75,10 +75,11 @@ impl SandboxService for SandboxApi {
             Some(live) => match tokio::time::timeout(METRICS, live.control.metrics()).await {
                 Ok(Ok(metrics)) => {
                     let memory = metrics.memory.unwrap_or_default();
+                    let guest_private_bytes = memory.guest_private_bytes;
                     Some(proto::Usage {
-                        guest_resident_bytes: memory.guest_resident_bytes,
-                        monitor_private_bytes: live.monitor_private_bytes(),
-                        disk_used_bytes: self.pool.disk_used_bytes(&id),
+                        guest_private_bytes,
+                        monitor_private_bytes: live.monitor_private_bytes(guest_private_bytes),
+                        disk_used_bytes: self.pool.disk_used_bytes(&record),
                     })
                 }
                 // It is just ending, or hangs: its state will tell.
@@ -97,22 +98,7 @@ impl SandboxService for SandboxApi {
         request: Request<proto::ListSandboxesRequest>,
     ) -> Result<Response<proto::ListSandboxesResponse>, Status> {
         let request = request.into_inner();
-        let limit = match request.page_size {
-            0 => DEFAULT_PAGE_SIZE,
-            size if size <= MAX_PAGE_SIZE => size,
-            size => {
-                let mend = format!("is {size}; give at most {MAX_PAGE_SIZE}");
-                return Err(invalid("page_size", mend));
-            }
-        };
-        let after = match request.page_token.as_str() {
-            "" => 0,
-            token => token.parse().map_err(|_| {
-                let mend = "is no token of this service; give a reply's next_page_token";
-                invalid("page_token", mend.to_owned())
-            })?,
-        };
-        let limit = usize::try_from(limit).unwrap_or(usize::MAX);
+        let (after, limit) = page(request.page_size, &request.page_token)?;
         let mut records = self
             .pool
             .list(after, limit + 1, |record| record.matches(&request.labels));
@@ -155,6 +141,73 @@ impl SandboxService for SandboxApi {
         Ok(Response::new(Box::pin(changes)))
     }
 
+    async fn pause_sandbox(
+        &self,
+        request: Request<proto::PauseSandboxRequest>,
+    ) -> Result<Response<proto::PauseSandboxResponse>, Status> {
+        let _call = self.calls.token();
+        snapshots::pause(&self.pool, request.into_inner())
+            .await
+            .map(Response::new)
+    }
+
+    async fn resume_sandbox(
+        &self,
+        request: Request<proto::ResumeSandboxRequest>,
+    ) -> Result<Response<proto::ResumeSandboxResponse>, Status> {
+        let _call = self.calls.token();
+        snapshots::resume(&self.pool, &request.into_inner())
+            .await
+            .map(Response::new)
+    }
+
+    async fn snapshot_sandbox(
+        &self,
+        request: Request<proto::SnapshotSandboxRequest>,
+    ) -> Result<Response<proto::SnapshotSandboxResponse>, Status> {
+        let _call = self.calls.token();
+        snapshots::snapshot(&self.pool, request.into_inner())
+            .await
+            .map(Response::new)
+    }
+
+    async fn rollback_sandbox(
+        &self,
+        request: Request<proto::RollbackSandboxRequest>,
+    ) -> Result<Response<proto::RollbackSandboxResponse>, Status> {
+        let _call = self.calls.token();
+        snapshots::roll_back(&self.pool, &request.into_inner())
+            .await
+            .map(Response::new)
+    }
+
+    async fn fork_sandbox(
+        &self,
+        request: Request<proto::ForkSandboxRequest>,
+    ) -> Result<Response<proto::ForkSandboxResponse>, Status> {
+        let _call = self.calls.token();
+        snapshots::fork(&self.pool, request.into_inner())
+            .await
+            .map(Response::new)
+    }
+
+    async fn list_snapshots(
+        &self,
+        request: Request<proto::ListSnapshotsRequest>,
+    ) -> Result<Response<proto::ListSnapshotsResponse>, Status> {
+        snapshots::list(&self.pool, &request.into_inner()).map(Response::new)
+    }
+
+    async fn delete_snapshot(
+        &self,
+        request: Request<proto::DeleteSnapshotRequest>,
+    ) -> Result<Response<proto::DeleteSnapshotResponse>, Status> {
+        let _call = self.calls.token();
+        snapshots::delete(&self.pool, &request.into_inner())
+            .await
+            .map(Response::new)
+    }
+
     async fn list_templates(
         &self,
         _request: Request<proto::ListTemplatesRequest>,
@@ -172,6 +225,26 @@ impl SandboxService for SandboxApi {
                 .collect(),
         }))
     }
+}
+
+/// Where a page begins, and how long it is.
+pub(super) fn page(size: u32, token: &str) -> Result<(u64, usize), Status> {
+    let limit = match size {
+        0 => DEFAULT_PAGE_SIZE,
+        size if size <= MAX_PAGE_SIZE => size,
+        size => {
+            let mend = format!("is {size}; give at most {MAX_PAGE_SIZE}");
+            return Err(invalid("page_size", mend));
+        }
+    };
+    let after = match token {
+        "" => 0,
+        token => token.parse().map_err(|_| {
+            let mend = "is no token of this service; give a reply's next_page_token";
+            invalid("page_token", mend.to_owned())
+        })?,
+    };
+    Ok((after, usize::try_from(limit).unwrap_or(usize::MAX)))
 }
 
 pub(super) fn parse_id(text: &str) -> Result<SandboxId, Status> {

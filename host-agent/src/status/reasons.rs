@@ -11,14 +11,20 @@ use crate::admission::Exhausted;
 use crate::id::ParseIdError;
 use crate::kvm::KvmError;
 use crate::monitor::SpawnError;
-use crate::record::Failure;
-use crate::sandbox::{CreateError, DeleteError, StartError, UseError, WatchError};
+use crate::record::{Failure, State};
+use crate::sandbox::{
+    CreateError, DeleteError, OperateError, RestoreError, SaveError, StartError, UseError,
+    WatchError,
+};
+use crate::snapshot::LayerError;
 use crate::template::{KernelError, TemplateError};
 
 /// How long a caller should wait for resources, or for a daemon that restarts.
 const RETRY: Duration = Duration::from_secs(1);
 /// Details travel as an HTTP/2 header, of which clients take 8 KiB in all.
 const MAX_TAIL_BYTES: usize = 2048;
+/// The same.
+const MAX_USERS_LISTED: usize = 20;
 
 /// The code for a sandbox that ended with this reason while it started.
 pub fn failure_code(reason: &str) -> Code {
@@ -40,6 +46,7 @@ impl Explain for CreateError {
             Self::Exhausted(error) => error.code(),
             Self::Random(_) | Self::ActorLost => Code::Internal,
             Self::Start(error) => error.code(),
+            Self::SnapshotNotFound(_) => Code::NotFound,
         }
     }
 
@@ -47,6 +54,7 @@ impl Explain for CreateError {
         match self {
             Self::Draining => "DRAINING",
             Self::Invalid(_) => "INVALID_REQUEST",
+            Self::SnapshotNotFound(_) => "SNAPSHOT_NOT_FOUND",
             Self::RequestIdReused(_) => "REQUEST_ID_REUSED",
             Self::Kvm(error) => error.reason(),
             Self::Template(error) => error.reason(),
@@ -99,7 +107,9 @@ impl Explain for StartError {
                 }
                 _ => Code::Internal,
             },
+            Self::Restore(error) => error.code(),
             Self::Ended(failure) => failure_code(&failure.reason),
+            Self::Gone => Code::Unavailable,
             Self::BootTimeout { .. } => Code::DeadlineExceeded,
             Self::Deleted | Self::CallerGone => Code::Aborted,
             Self::Stopping => Code::Unavailable,
@@ -120,7 +130,9 @@ impl Explain for StartError {
                 _ => "BOOT_REFUSED",
             },
             Self::Protocol => "PROTOCOL_MISMATCH",
+            Self::Restore(error) => error.reason(),
             Self::Ended(failure) => &failure.reason,
+            Self::Gone => "MONITOR_DIED",
             Self::BootTimeout { .. } => "BOOT_TIMEOUT",
             Self::Agent { .. } => "AGENT_FAILED",
             Self::Deleted => "SANDBOX_DELETED",
@@ -138,6 +150,158 @@ impl Explain for StartError {
             Self::Ended(failure) => tail(&failure.console_tail),
             Self::BootTimeout { console_tail, .. } => tail(console_tail),
             _ => BTreeMap::new(),
+        }
+    }
+}
+
+impl Explain for RestoreError {
+    fn code(&self) -> Code {
+        match self {
+            Self::Template(error) => error.code(),
+            Self::Slow { .. } => Code::DeadlineExceeded,
+            Self::Layer {
+                error: LayerError::Unreadable { .. } | LayerError::Cold | LayerError::Thaw { .. },
+                ..
+            } => Code::Internal,
+            Self::Refused { code, .. } => match code {
+                MonitorCode::Snapshot | MonitorCode::Cpu | MonitorCode::Kvm | MonitorCode::Disk => {
+                    Code::FailedPrecondition
+                }
+                _ => Code::Internal,
+            },
+            Self::OtherDisk { .. } | Self::Gone { .. } | Self::Layer { .. } => {
+                Code::FailedPrecondition
+            }
+        }
+    }
+
+    fn reason(&self) -> &str {
+        match self {
+            Self::Template(error) => error.reason(),
+            Self::OtherDisk { .. } => "SNAPSHOT_INCOMPATIBLE",
+            Self::Gone { .. } => "SNAPSHOT_NOT_FOUND",
+            Self::Layer { error, .. } => match error {
+                LayerError::Missing { .. } => "SNAPSHOT_LAYER_MISSING",
+                _ => "SNAPSHOT_LAYER_UNREADABLE",
+            },
+            Self::Refused { code, .. } => match code {
+                MonitorCode::Snapshot => "SNAPSHOT_DAMAGED",
+                MonitorCode::Cpu => "CPU_FEATURES_MISSING",
+                MonitorCode::Kvm => "KVM_UNAVAILABLE",
+                MonitorCode::Disk => "DISK_INVALID",
+                MonitorCode::Memory => "MEMORY_FAILED",
+                _ => "RESTORE_REFUSED",
+            },
+            Self::Slow { .. } => "RESTORE_TIMEOUT",
+        }
+    }
+
+    fn metadata(&self) -> BTreeMap<String, String> {
+        match self {
+            Self::Layer { layer, error, .. } => BTreeMap::from([
+                ("layer".to_owned(), layer.to_string()),
+                ("file".to_owned(), error.file().to_owned()),
+            ]),
+            _ => BTreeMap::new(),
+        }
+    }
+}
+
+impl Explain for SaveError {
+    fn code(&self) -> Code {
+        match self {
+            Self::NameTaken(_) => Code::AlreadyExists,
+            Self::DiskFull => Code::ResourceExhausted,
+            Self::Refused { code, .. } if *code == MonitorCode::WrongState => {
+                Code::FailedPrecondition
+            }
+            Self::Slow { .. } => Code::DeadlineExceeded,
+            Self::Ended => Code::Unavailable,
+            _ => Code::Internal,
+        }
+    }
+
+    fn reason(&self) -> &str {
+        match self {
+            Self::Store(_) => "STORE_FAILED",
+            Self::Transition(_) => "INTERNAL",
+            Self::NameTaken(_) => "SNAPSHOT_NAME_TAKEN",
+            Self::Random(_) | Self::Files { .. } => "HOST_FAILED",
+            Self::DiskFull => "DISK_FULL",
+            Self::Refused { .. } => "SNAPSHOT_REFUSED",
+            Self::Slow { .. } => "SNAPSHOT_TIMEOUT",
+            Self::Protocol => "PROTOCOL_MISMATCH",
+            Self::Agent { .. } => "AGENT_FAILED",
+            Self::Ended => "SANDBOX_DIED",
+        }
+    }
+
+    fn retry_after(&self) -> Option<Duration> {
+        matches!(self, Self::Store(_)).then_some(RETRY)
+    }
+}
+
+impl Explain for OperateError {
+    fn code(&self) -> Code {
+        match self {
+            Self::Draining => Code::Unavailable,
+            Self::Use(error) => error.code(),
+            Self::Busy { .. } | Self::OtherSandbox { .. } | Self::InUse { .. } => {
+                Code::FailedPrecondition
+            }
+            Self::Invalid(_) => Code::InvalidArgument,
+            Self::Save(error) => error.code(),
+            Self::Exhausted(error) => error.code(),
+            Self::Start(error) => error.code(),
+            Self::SnapshotNotFound(_) => Code::NotFound,
+            Self::Cleanup { .. } => Code::Internal,
+        }
+    }
+
+    fn reason(&self) -> &str {
+        match self {
+            Self::Draining => "DRAINING",
+            Self::Use(error) => error.reason(),
+            Self::Busy { .. } => "SANDBOX_BUSY",
+            Self::Invalid(_) => "INVALID_REQUEST",
+            Self::Save(error) => error.reason(),
+            Self::Exhausted(error) => error.reason(),
+            Self::Start(error) => error.reason(),
+            Self::SnapshotNotFound(_) => "SNAPSHOT_NOT_FOUND",
+            Self::OtherSandbox { .. } => "SNAPSHOT_OF_ANOTHER",
+            Self::InUse { .. } => "SNAPSHOT_IN_USE",
+            Self::Cleanup { .. } => "CLEANUP_FAILED",
+        }
+    }
+
+    fn retry_after(&self) -> Option<Duration> {
+        match self {
+            Self::Draining | Self::Busy { .. } => Some(RETRY),
+            Self::Use(error) => error.retry_after(),
+            Self::Save(error) => error.retry_after(),
+            Self::Exhausted(error) => error.retry_after(),
+            Self::Start(error) => error.retry_after(),
+            _ => None,
+        }
+    }
+
+    fn metadata(&self) -> BTreeMap<String, String> {
+        match self {
+            Self::Use(error) => error.metadata(),
+            Self::Start(error) => error.metadata(),
+            Self::InUse { users, .. } => {
+                let listed = users.iter().take(MAX_USERS_LISTED);
+                let listed: Vec<&str> = listed.map(String::as_str).collect();
+                BTreeMap::from([("users".to_owned(), listed.join(","))])
+            }
+            _ => BTreeMap::new(),
+        }
+    }
+
+    fn violations(&self) -> Vec<FieldViolation> {
+        match self {
+            Self::Invalid(violations) => violations.clone(),
+            _ => Vec::new(),
         }
     }
 }
@@ -236,9 +400,11 @@ impl Explain for UseError {
         match self {
             Self::NotFound(_) => Code::NotFound,
             Self::NotRunning { .. } | Self::Failed { .. } => Code::FailedPrecondition,
-            Self::Died { .. } | Self::Deleted { .. } | Self::Lost { .. } | Self::Stopping => {
-                Code::Unavailable
-            }
+            Self::Died { .. }
+            | Self::Interrupted { .. }
+            | Self::Deleted { .. }
+            | Self::Lost { .. }
+            | Self::Stopping => Code::Unavailable,
             Self::Store { .. } => Code::Internal,
         }
     }
@@ -246,7 +412,14 @@ impl Explain for UseError {
     fn reason(&self) -> &str {
         match self {
             Self::NotFound(_) => "SANDBOX_NOT_FOUND",
-            Self::NotRunning { .. } => "SANDBOX_NOT_RUNNING",
+            Self::NotRunning { state, .. } => match state {
+                State::Paused => "SANDBOX_PAUSED",
+                _ => "SANDBOX_NOT_RUNNING",
+            },
+            Self::Interrupted { state, .. } => match state {
+                State::Pausing | State::Paused => "SANDBOX_PAUSED",
+                _ => "SANDBOX_ROLLED_BACK",
+            },
             Self::Failed { .. } => "SANDBOX_FAILED",
             Self::Died { .. } => "SANDBOX_DIED",
             Self::Deleted { .. } => "SANDBOX_DELETED",
@@ -307,7 +480,7 @@ impl Explain for ParseIdError {
     fn violations(&self) -> Vec<FieldViolation> {
         vec![FieldViolation {
             field: "id".to_owned(),
-            description: "is not a sandbox id".to_owned(),
+            description: format!("is not a {} id", self.what),
         }]
     }
 }

@@ -130,6 +130,11 @@ impl Templates {
         })
     }
 
+    /// Whether a folder has this name.
+    pub fn exists(&self, name: &str) -> bool {
+        is_template_name(name) && self.folder.join(name).is_dir()
+    }
+
     /// Every template there is, also those with a problem, by name.
     pub fn list(&self) -> Vec<TemplateSummary> {
         self.names()

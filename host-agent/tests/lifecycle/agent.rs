@@ -15,7 +15,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Code, Request, Response, Status, Streaming};
 use tonic_types::{ErrorDetails, StatusExt as _};
 
-use crate::monitor::Machine;
+use crate::monitor::{Machine, fault_in_guest};
 
 pub async fn serve(machine: Machine, incoming: mpsc::Receiver<std::io::Result<UnixStream>>) {
     tonic::transport::Server::builder()
@@ -66,6 +66,7 @@ impl ProcessService for Agent {
             let message = "missing is not there; see PATH";
             return Err(Status::with_error_details(Code::NotFound, message, details));
         }
+        self.0.wait_for(|runs| runs.machine && runs.programs).await;
         let (events, stream) = mpsc::channel(1);
         let machine = self.0.clone();
         tokio::spawn(async move {
@@ -120,6 +121,10 @@ async fn program(
             }
         },
         "sleep" => std::future::pending().await,
+        "set" => machine.set_word(&argv[1]),
+        "get" => say(exec_response::Event::Stdout(machine.word().into())).await,
+        "write" => machine.write(&argv[1]),
+        "read" => say(exec_response::Event::Stdout(machine.read().into())).await,
         "panic" => {
             machine.panic().await;
             std::future::pending::<()>().await;
@@ -140,16 +145,41 @@ impl SystemService for Agent {
         &self,
         request: Request<guest::ConfigureRequest>,
     ) -> Result<Response<guest::ConfigureResponse>, Status> {
-        println!("hostname: {}", request.get_ref().hostname);
-        assert!(request.get_ref().wall_clock.is_some());
+        self.0.wait_for(|runs| runs.machine).await;
+        if fault_in_guest("configure").await.is_some() {
+            return Err(Status::internal("as the test wants it"));
+        }
+        let request = request.get_ref();
+        println!("hostname: {}", request.hostname);
+        assert!(request.wall_clock.is_some());
+        assert!(request.entropy.len() >= 32 && request.entropy.iter().any(|byte| *byte != 0));
+        assert_eq!(request.new_identity, !request.hostname.is_empty());
+        self.0.runs.send_modify(|runs| runs.programs = true);
         Ok(Response::new(guest::ConfigureResponse {}))
+    }
+
+    async fn suspend(
+        &self,
+        _request: Request<guest::SuspendRequest>,
+    ) -> Result<Response<guest::SuspendResponse>, Status> {
+        self.0.wait_for(|runs| runs.machine).await;
+        if fault_in_guest("suspend").await.is_some() {
+            return Err(Status::internal("as the test wants it"));
+        }
+        self.0.runs.send_modify(|runs| runs.programs = false);
+        println!("suspended");
+        Ok(Response::new(guest::SuspendResponse {}))
     }
 
     async fn health(
         &self,
         _request: Request<guest::HealthRequest>,
     ) -> Result<Response<guest::HealthResponse>, Status> {
-        Ok(Response::new(guest::HealthResponse::default()))
+        self.0.wait_for(|runs| runs.machine).await;
+        Ok(Response::new(guest::HealthResponse {
+            memory_available_bytes: 300 << 20,
+            ..guest::HealthResponse::default()
+        }))
     }
 
     async fn shutdown(

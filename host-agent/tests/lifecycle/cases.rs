@@ -9,8 +9,11 @@ use soulbox_proto::guest::v1::{ProcessInput, ProcessSpec, exec_response, exited,
 use soulbox_proto::host::v1::sandbox_service_client::SandboxServiceClient;
 use soulbox_proto::host::v1::watch_sandboxes_response::Kind;
 use soulbox_proto::host::v1::{
-    CreateSandboxRequest, CreateSandboxResponse, DeleteSandboxRequest, ExecRequest, ExecStart,
-    GetNodeRequest, GetSandboxRequest, ListSandboxesRequest, Sandbox, SandboxState,
+    CreateSandboxRequest, CreateSandboxResponse, DeleteSandboxRequest, DeleteSnapshotRequest,
+    ExecRequest, ExecStart, ForkSandboxRequest, ForkSandboxResponse, GetNodeRequest,
+    GetSandboxRequest, ListSandboxesRequest, ListSnapshotsRequest, PauseSandboxRequest,
+    PauseSandboxResponse, ResumeSandboxRequest, ResumeSandboxResponse, RollbackSandboxRequest,
+    RollbackSandboxResponse, Sandbox, SandboxState, Snapshot, SnapshotSandboxRequest, StageTime,
     WatchSandboxesRequest, exec_request,
 };
 use tokio_stream::StreamExt as _;
@@ -21,12 +24,18 @@ use tonic_types::StatusExt as _;
 use crate::support::{Daemon, Host, PATIENCE, X86_64, elf, fields, reason};
 
 mod calls;
+mod crashes;
 mod daemons;
 mod ends;
+mod shells;
+mod snapshots;
 
 use calls::*;
+use crashes::*;
 use daemons::*;
 use ends::*;
+use shells::*;
+use snapshots::*;
 
 type Client = SandboxServiceClient<Channel>;
 type Case = fn() -> Pin<Box<dyn Future<Output = ()>>>;
@@ -59,9 +68,29 @@ cases! {
     a_cut_off_start_is_undone,
     a_retry_after_a_passing_failure_is_a_new_try,
     watchers_see_every_step,
+    a_template_is_warm_before_its_sandboxes_are_made,
+    a_template_snapshot_of_no_use_is_made_again,
+    a_template_rebuilt_under_the_daemon_is_not_mixed_up,
+    shells_are_replaced_and_limited,
+    a_template_snapshot_that_is_cut_off_leaves_nothing,
+    a_paused_sandbox_loses_nothing_and_holds_little,
+    many_pauses_keep_chains_short,
+    a_resume_that_does_not_fit_stays_paused,
+    a_snapshot_is_a_template_and_a_way_back,
+    a_fork_is_all_or_nothing,
+    a_snapshot_that_cannot_be_loaded_says_why,
+    a_snapshot_that_fails_leaves_the_sandbox_running,
+    deleting_works_in_the_middle_of_everything,
+    the_command_line_saves_and_brings_back,
+    a_daemon_killed_while_it_saves_loses_nothing,
+    what_was_on_disk_before_the_daemon_died_is_finished,
+    a_daemon_killed_while_it_restores_leaves_it_paused,
+    a_fork_that_is_cut_off_leaves_no_child,
+    a_monitor_that_dies_with_the_daemon_fails_only_its_sandbox,
+    a_full_disk_costs_no_sandbox,
 }
 
-const FAST: &str = "[capacity]\nvcpus = 8\nmemory_mib = 4096\n[timeouts]\nboot_ms = 20000\nclean_stop_ms = 2000\ndrain_ms = 200\n";
+const FAST: &str = "[capacity]\nvcpus = 8\nmemory_mib = 4096\n[timeouts]\nboot_ms = 20000\nclean_stop_ms = 2000\ndrain_ms = 200\n[shells]\nmaximum = 0\nminimum = 0\n[templates]\nsnapshot = false\n";
 
 fn host() -> Host {
     host_with(FAST)
@@ -165,6 +194,118 @@ async fn get(client: &mut Client, id: &str) -> Sandbox {
 async fn list(client: &mut Client) -> Vec<Sandbox> {
     let reply = client.list_sandboxes(ListSandboxesRequest::default()).await;
     reply.unwrap().into_inner().sandboxes
+}
+
+/// Runs a program and returns what it says.
+async fn word(client: &mut Client, id: &str, argv: &[&str]) -> String {
+    let mut events = exec(client, id, argv).await;
+    let mut said = Vec::new();
+    while let Some(message) = events.message().await.unwrap() {
+        match message.event.unwrap() {
+            exec_response::Event::Stdout(chunk) => said.extend_from_slice(&chunk),
+            exec_response::Event::Exited(_) => return String::from_utf8(said).unwrap(),
+            _ => {}
+        }
+    }
+    panic!("no exit status");
+}
+
+/// The guest's word of memory.
+async fn get_word(client: &mut Client, id: &str) -> String {
+    word(client, id, &["get"]).await
+}
+
+/// All that was written to the guest's disk.
+async fn read_disk(client: &mut Client, id: &str) -> String {
+    word(client, id, &["read"]).await
+}
+
+fn stages(stages: &[StageTime]) -> Vec<String> {
+    stages.iter().map(|stage| stage.stage.clone()).collect()
+}
+
+async fn pause(client: &mut Client, id: &str) -> Result<PauseSandboxResponse, Status> {
+    let request = PauseSandboxRequest {
+        id: id.to_owned(),
+        cold: false,
+    };
+    Ok(client.pause_sandbox(request).await?.into_inner())
+}
+
+async fn resume(client: &mut Client, id: &str) -> Result<ResumeSandboxResponse, Status> {
+    let request = ResumeSandboxRequest { id: id.to_owned() };
+    Ok(client.resume_sandbox(request).await?.into_inner())
+}
+
+async fn save(client: &mut Client, id: &str, name: &str) -> Result<Snapshot, Status> {
+    let request = SnapshotSandboxRequest {
+        id: id.to_owned(),
+        name: name.to_owned(),
+        ..SnapshotSandboxRequest::default()
+    };
+    let reply = client.snapshot_sandbox(request).await?.into_inner();
+    Ok(reply.snapshot.unwrap())
+}
+
+async fn roll_back(
+    client: &mut Client,
+    id: &str,
+    to: &str,
+) -> Result<RollbackSandboxResponse, Status> {
+    let request = RollbackSandboxRequest {
+        id: id.to_owned(),
+        snapshot_id: to.to_owned(),
+    };
+    Ok(client.rollback_sandbox(request).await?.into_inner())
+}
+
+async fn fork(client: &mut Client, id: &str, count: u32) -> Result<ForkSandboxResponse, Status> {
+    let request = ForkSandboxRequest {
+        id: id.to_owned(),
+        count,
+        ..ForkSandboxRequest::default()
+    };
+    Ok(client.fork_sandbox(request).await?.into_inner())
+}
+
+async fn list_snapshots(client: &mut Client) -> Vec<Snapshot> {
+    let reply = client.list_snapshots(ListSnapshotsRequest::default()).await;
+    reply.unwrap().into_inner().snapshots
+}
+
+async fn delete_snapshot(client: &mut Client, id: &str) -> Result<(), Status> {
+    let request = DeleteSnapshotRequest { id: id.to_owned() };
+    client.delete_snapshot(request).await.map(drop)
+}
+
+fn vmm_log(host: &Host, id: &str) -> std::path::PathBuf {
+    host.path("state/sandboxes").join(id).join("vmm.log")
+}
+
+fn files_below(host: &Host, folder: &str) -> usize {
+    fs::read_dir(host.path(folder)).unwrap().count()
+}
+
+fn kill(pid: i32) {
+    let pid = rustix::process::Pid::from_raw(pid).unwrap();
+    rustix::process::kill_process(pid, rustix::process::Signal::KILL).unwrap();
+}
+
+impl Host {
+    /// From now on the faked monitors fail so, at a step.
+    fn fault(&self, fault: &str) {
+        let _ = fs::remove_file(self.path("here"));
+        fs::write(self.path("fault"), fault).unwrap();
+    }
+
+    fn no_fault(&self) {
+        fs::remove_file(self.path("fault")).unwrap();
+    }
+
+    /// Waits until a faked monitor has come to where it is to fail.
+    async fn wait_for_fault(&self) {
+        eventually("no fault", async || self.path("here").exists()).await;
+    }
 }
 
 async fn assert_all_is_free(daemon: &Daemon) {

@@ -132,7 +132,7 @@ impl Host {
 
     /// Asserts that no sandbox left a file, a socket or a monitor.
     pub fn assert_nothing_left(&self) {
-        for folder in ["state/sandboxes", "run/vm"] {
+        for folder in ["state/sandboxes", "run/vm", "state/snapshots"] {
             let left: Vec<_> = fs::read_dir(self.path(folder))
                 .into_iter()
                 .flatten()
@@ -147,7 +147,16 @@ impl Host {
 
     /// Processes whose standard output is a log of one of our sandboxes.
     pub fn monitors(&self) -> Vec<i32> {
-        let logs = self.path("state/sandboxes");
+        self.logging_below("state/sandboxes")
+    }
+
+    /// Processes that wait to be a sandbox's monitor.
+    pub fn shells(&self) -> Vec<i32> {
+        self.logging_below("state/shells")
+    }
+
+    fn logging_below(&self, folder: &str) -> Vec<i32> {
+        let logs = self.path(folder);
         fs::read_dir("/proc")
             .unwrap()
             .flatten()
@@ -156,6 +165,18 @@ impl Host {
                 fs::read_link(format!("/proc/{pid}/fd/1")).is_ok_and(|log| log.starts_with(&logs))
             })
             .collect()
+    }
+}
+
+impl Drop for Host {
+    /// A test that fails leaves no process.
+    fn drop(&mut self) {
+        for pid in self.logging_below("state") {
+            if let Some(pid) = rustix::process::Pid::from_raw(pid) {
+                // It may just have ended.
+                let _ = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
+            }
+        }
     }
 }
 

@@ -1,0 +1,343 @@
+//! A template's own snapshot: made in the background from a guest that is warm,
+//! and made again when anything that went into it has changed.
+
+use std::fmt::Write as _;
+use std::sync::Arc;
+use std::time::Duration;
+
+use sha2::{Digest as _, Sha256};
+use soulbox_proto::vmm::v1::{self as proto, request};
+use tokio::time::{Instant, timeout};
+
+use super::actor::Actor;
+use super::create::Origin;
+use super::error::{CreateError, SaveError, StartError};
+use super::pool::Pool;
+use super::save::SaveSpec;
+use super::spec::CreateSpec;
+use super::start::KERNEL_CMDLINE;
+use crate::id::{SandboxId, SnapshotId};
+use crate::record::{Resources, SnapshotKind, SnapshotRecord, Transition};
+use crate::store::Change;
+use crate::template::Manifest;
+use crate::time::Stopwatch;
+
+/// After how long a snapshot that was not made is tried again, at first and later.
+const TRY_AGAIN: Duration = Duration::from_secs(5);
+const TRY_AGAIN_AT_MOST: Duration = Duration::from_secs(300);
+/// How long a guest may take to give its free memory back, and to take it again.
+const BALLOON: Duration = Duration::from_secs(15);
+/// How long the balloon stands still before it counts as full.
+const BALLOON_RESTS: Duration = Duration::from_secs(1);
+const BALLOON_LOOK: Duration = Duration::from_millis(50);
+/// What a guest keeps of its free memory.
+const BALLOON_LEAVES_MIB: u64 = 48;
+/// How long one program of the warm-up may take.
+const WARM_UP: Duration = Duration::from_secs(120);
+
+#[derive(Debug, thiserror::Error)]
+enum WarmError {
+    #[error("{0}")]
+    Create(#[from] CreateError),
+    #[error("{0}")]
+    Start(#[from] StartError),
+    #[error("{0}")]
+    Save(#[from] SaveError),
+    #[error("{} cannot be read ({source})", .path.display())]
+    Monitor {
+        path: std::path::PathBuf,
+        source: std::io::Error,
+    },
+    #[error("the guest cannot write its disk: {0}")]
+    Sync(String),
+    #[error("soulboxd is stopping")]
+    Stopping,
+}
+
+// === impl Pool ===
+
+impl Pool {
+    /// Sees to it that there is one of the default template and sizes, until the
+    /// pool is left.
+    pub(super) async fn keep_template_snapshots(self: Arc<Self>) {
+        if !self.config.templates.snapshot {
+            self.discard_stale(None).await;
+            return;
+        }
+        let mut pause = TRY_AGAIN;
+        while !self.leaving.is_cancelled() {
+            let wait = match self.make_template_snapshot().await {
+                Ok(()) => {
+                    pause = TRY_AGAIN;
+                    None
+                }
+                Err(WarmError::Stopping) => return,
+                Err(error) => {
+                    let template = &self.config.defaults.template;
+                    tracing::warn!(template, %error, "no snapshot of the template; its sandboxes are booted");
+                    let wait = pause;
+                    pause = (pause * 2).min(TRY_AGAIN_AT_MOST);
+                    Some(wait)
+                }
+            };
+            let next = async {
+                match wait {
+                    Some(wait) => tokio::time::sleep(wait).await,
+                    None => self.template_changed.notified().await,
+                }
+            };
+            self.leaving.run_until_cancelled(next).await;
+        }
+    }
+
+    async fn make_template_snapshot(self: &Arc<Self>) -> Result<(), WarmError> {
+        let name = &self.config.defaults.template;
+        let template = self.templates.open(name).map_err(CreateError::from)?;
+        let kvm = self.kvm.get().map_err(CreateError::from)?;
+        let resources = CreateSpec::default().resolve(
+            &self.config.defaults,
+            &template.manifest,
+            self.admission.capacity(),
+            kvm.max_vcpus,
+        )?;
+        let key = self.template_key(&template.manifest, resources).await?;
+        self.discard_stale(Some(&key)).await;
+        if let Some((found, _)) = self.snapshots.take_template(name, resources)
+            && found.key.as_deref() == Some(key.as_str())
+        {
+            return Ok(());
+        }
+        let reservation = self
+            .admission
+            .reserve(resources)
+            .map_err(CreateError::from)?;
+        let id = SandboxId::random().map_err(CreateError::Random)?;
+        let base = (name.clone(), template.manifest.rootfs.sha256.clone());
+        let origin = Origin::Boot(template);
+        let record = self.new_record(id, resources, base, &origin);
+        let mut actor = Actor::new(self, record);
+        actor.is_listed = false;
+        actor.reservation = Some(reservation);
+        let Origin::Boot(template) = origin else {
+            return Ok(());
+        };
+        tracing::info!(template = name, "making its snapshot");
+        let made = actor.warm_up_and_save(&template, key);
+        let made = self.leaving.run_until_cancelled(made).await;
+        actor.remove_unlisted().await;
+        let snapshot = made.unwrap_or(Err(WarmError::Stopping))?;
+        tracing::info!(template = name, snapshot = %snapshot.id, "its sandboxes start from a snapshot now");
+        self.collect().await;
+        Ok(())
+    }
+
+    /// A digest of all that goes into a template's own snapshot.
+    async fn template_key(
+        &self,
+        manifest: &Manifest,
+        resources: Resources,
+    ) -> Result<String, WarmError> {
+        let path = self.monitor_binary.clone();
+        let monitor = tokio::task::spawn_blocking(move || {
+            let mut hash = Sha256::new();
+            let mut binary = std::fs::File::open(&path)?;
+            std::io::copy(&mut binary, &mut HashWriter(&mut hash))?;
+            Ok(hex(&hash.finalize()))
+        });
+        let monitor = monitor
+            .await
+            .unwrap_or_else(|error| Err(std::io::Error::other(error)));
+        let monitor = monitor.map_err(|source| WarmError::Monitor {
+            path: self.monitor_binary.clone(),
+            source,
+        })?;
+        let parts = serde_json::json!([
+            monitor,
+            manifest.name,
+            manifest.kernel.sha256,
+            manifest.rootfs.sha256,
+            manifest.agent_version,
+            KERNEL_CMDLINE,
+            resources,
+            self.config.templates.warm_up,
+        ]);
+        Ok(hex(&Sha256::digest(parts.to_string().as_bytes())))
+    }
+
+    /// Whether the template is still the one that the snapshot was made of.
+    pub(super) fn is_current(&self, snapshot: &SnapshotRecord, manifest: &Manifest) -> bool {
+        snapshot.rootfs_sha256 == manifest.rootfs.sha256
+    }
+
+    /// Nothing is made from a template's own snapshot any more that another key
+    /// would have.
+    async fn discard_stale(&self, key: Option<&str>) {
+        let stale = self.snapshots.list(|record| {
+            record.kind == SnapshotKind::Template
+                && !record.stale
+                && record.is_ready()
+                && (key.is_none() || record.key.as_deref() != key)
+        });
+        for record in stale {
+            tracing::info!(template = record.template, snapshot = %record.id, "its snapshot is not of what there is now");
+            self.discard(record).await;
+        }
+    }
+
+    /// Has another one made of a template whose own snapshot is of no use.
+    pub(super) async fn discard_template_snapshot(&self, id: &SnapshotId) {
+        if let Some(record) = self.snapshots.get(id) {
+            self.discard(record).await;
+        }
+        self.template_changed.notify_one();
+    }
+
+    async fn discard(&self, record: SnapshotRecord) {
+        let record = SnapshotRecord {
+            stale: true,
+            ..record
+        };
+        self.snapshots.put(record.clone());
+        let stored = self.store.commit(vec![Change::PutSnapshot(record)]).await;
+        if let Err(error) = stored {
+            tracing::warn!(%error, "that a snapshot is of no use is not on disk");
+        }
+        self.collect().await;
+    }
+}
+
+// === impl Actor ===
+
+impl Actor {
+    async fn warm_up_and_save(
+        &mut self,
+        template: &crate::template::OpenTemplate,
+        key: String,
+    ) -> Result<SnapshotRecord, WarmError> {
+        let mut watch = Stopwatch::start();
+        self.record = self
+            .record
+            .apply(Transition::Start)
+            .map_err(StartError::from)?;
+        if let Err(error) = self.boot(template, &mut watch).await {
+            return Err(self.explain(error).await.into());
+        }
+        self.record = self
+            .record
+            .apply(Transition::Run)
+            .map_err(StartError::from)?;
+        for argv in self.pool.config.templates.warm_up.clone() {
+            self.warm_up_with(&argv).await;
+        }
+        let sync = ["/bin/sync".to_owned()];
+        let guest = self.guest.clone();
+        if let Some(guest) = &guest {
+            let synced = timeout(WARM_UP, guest.run(&sync)).await;
+            let synced = synced.map_err(|_| WarmError::Sync("no answer".to_owned()))?;
+            synced.map_err(|status| WarmError::Sync(status.message().to_owned()))?;
+        }
+        self.give_back_free_memory().await;
+        let spec = SaveSpec {
+            key: Some(key),
+            ..SaveSpec::new(SnapshotKind::Template)
+        };
+        Ok(self.save(spec, Stopwatch::start()).await?.snapshot)
+    }
+
+    /// A template need not have every program.
+    async fn warm_up_with(&self, argv: &[String]) {
+        let Some(guest) = &self.guest else { return };
+        let program = argv.first().map_or("", String::as_str);
+        match timeout(WARM_UP, guest.run(argv)).await {
+            Ok(Ok(())) => {}
+            Ok(Err(status)) => {
+                tracing::debug!(program, status = status.message(), "not warmed up with");
+            }
+            Err(_) => tracing::warn!(program, "did not end; not warmed up with"),
+        }
+    }
+
+    /// What the guest does not use need not be in its snapshot.
+    async fn give_back_free_memory(&self) {
+        let Some(guest) = &self.guest else { return };
+        let free_mib = match guest.health().await {
+            Ok(health) => health.memory_available_bytes >> 20,
+            Err(_) => return,
+        };
+        let target_mib = free_mib
+            .saturating_sub(BALLOON_LEAVES_MIB)
+            .min(self.record.resources.memory_mib.into());
+        for target_mib in [target_mib, 0] {
+            if let Err(error) = self.balloon_to(target_mib).await {
+                tracing::debug!(%error, "the template's guest has no balloon");
+            }
+        }
+    }
+
+    /// Returns when the balloon has this size, or grows and shrinks no more.
+    async fn balloon_to(&self, target_mib: u64) -> Result<(), crate::monitor::RequestError> {
+        let Some(machine) = &self.machine else {
+            return Ok(());
+        };
+        let set = request::Op::SetBalloon(proto::SetBalloon {
+            target_mib: u32::try_from(target_mib).unwrap_or(0),
+        });
+        machine.control.request(set, &[]).await?;
+        let deadline = Instant::now() + BALLOON;
+        let (mut last_mib, mut since) = (None, Instant::now());
+        while Instant::now() < deadline {
+            let metrics = machine.control.metrics().await?;
+            let balloon = metrics.devices.get("balloon");
+            let actual_mib =
+                balloon.and_then(|counters| counters.values.get("actual_mib").copied());
+            if actual_mib.is_none() || actual_mib == Some(target_mib) {
+                break;
+            }
+            if actual_mib != last_mib {
+                (last_mib, since) = (actual_mib, Instant::now());
+            } else if since.elapsed() > BALLOON_RESTS {
+                break;
+            }
+            tokio::time::sleep(BALLOON_LOOK).await;
+        }
+        Ok(())
+    }
+
+    /// Leaves nothing of a sandbox that nobody has seen.
+    async fn remove_unlisted(mut self) {
+        if let Some(mut machine) = self.machine.take() {
+            machine.process.end().await;
+        }
+        if let Some(making) = self.making.take() {
+            let changes = self.forget_making(making);
+            if let Err(error) = self.pool.store.commit(changes).await {
+                tracing::warn!(%error, "a snapshot that was not made is still on record");
+            }
+        }
+        if let Err(error) = self.files.remove() {
+            tracing::error!(%error, "files are left over until the next start");
+        }
+    }
+}
+
+struct HashWriter<'a>(&'a mut Sha256);
+
+impl std::io::Write for HashWriter<'_> {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        self.0.update(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+fn hex(digest: &[u8]) -> String {
+    let mut text = String::with_capacity(digest.len() * 2);
+    for byte in digest {
+        // Writing to a string cannot fail.
+        let _ = write!(text, "{byte:02x}");
+    }
+    text
+}
