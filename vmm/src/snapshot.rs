@@ -40,7 +40,7 @@ const HEADER_BYTES: usize = 40;
 /// memory ([`MAX_RUNS`]) at less than 12 bytes a run.
 const STATE_MAX_BYTES: u64 = 16 << 20;
 
-static CRC: Crc<u64, Table<16>> = Crc::<u64, Table<16>>::new(&CRC_64_XZ);
+pub(crate) static CRC: Crc<u64, Table<16>> = Crc::<u64, Table<16>>::new(&CRC_64_XZ);
 
 /// Why a file is no snapshot that this monitor can restore.
 #[derive(Debug, thiserror::Error)]

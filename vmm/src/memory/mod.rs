@@ -20,8 +20,9 @@ use crate::machine::layout;
 mod map;
 pub mod pagemap;
 pub mod runs;
+pub mod working_set;
 
-use runs::Run;
+use runs::{Pages, Run};
 
 /// All of the guest's memory. A handle: clones share the mappings.
 pub type GuestMemory = vm_memory::GuestMemoryMmap<()>;
@@ -136,6 +137,18 @@ pub fn discard(memory: &GuestMemory, start: GuestAddress, bytes: u64) -> rustix:
         host_address: host_address + into as usize,
         guest_address: start,
     })
+}
+
+/// Makes pages private before the guest writes to them. A page that cannot be is
+/// made so by that write.
+pub fn populate(memory: &GuestMemory, pages: &[Pages]) {
+    for pages in pages {
+        let bytes = (pages.end - pages.start) * PAGE_BYTES;
+        for stretch in part(memory, pages.start * PAGE_BYTES, bytes) {
+            // EINVAL before Linux 5.14, which does not know how.
+            let _ = map::populate(&stretch);
+        }
+    }
 }
 
 /// All of RAM, in bytes.

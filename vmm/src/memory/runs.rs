@@ -19,7 +19,7 @@ pub struct Run {
 }
 
 /// Consecutive pages.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Pages {
     pub start: u64,
     pub end: u64,
