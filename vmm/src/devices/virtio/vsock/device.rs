@@ -44,6 +44,7 @@ struct Active {
     memory: GuestMemory,
     rx: Queue,
     tx: Queue,
+    /// Where events would go (section 5.10.6.7). None ever happens.
     event: Queue,
     interrupt: Interrupt,
 }
@@ -161,37 +162,6 @@ impl Vsock {
         }
     }
 
-    /// Tells the driver that all its connections are gone and that its CID may
-    /// have changed (VIRTIO_VSOCK_EVENT_TRANSPORT_RESET, section 5.10.6.7): for
-    /// a guest restored without the host's ends. Gives whether the driver had a
-    /// buffer for it.
-    pub fn send_transport_reset(&mut self) -> bool {
-        use vm_memory::Bytes as _;
-        const TRANSPORT_RESET: u32 = 0;
-
-        let Some(active) = &mut self.active else {
-            return false;
-        };
-        let memory = &active.memory;
-        let Some(mut chain) = active.event.pop_descriptor_chain(memory) else {
-            return false;
-        };
-        let head_index = chain.head_index();
-        let written = chain.next().is_some_and(|descriptor| {
-            descriptor.is_write_only()
-                && descriptor.len() as usize >= size_of_val(&TRANSPORT_RESET)
-                && memory
-                    .write_slice(&TRANSPORT_RESET.to_le_bytes(), descriptor.addr())
-                    .is_ok()
-        });
-        let len = if written { 4 } else { 0 };
-        let _ = active.event.add_used(memory, head_index, len);
-        if active.event.needs_notification(memory).unwrap_or(true) {
-            active.interrupt.signal_used_queue();
-        }
-        written
-    }
-
     /// Asks the guest for `count` connections that only clones of this machine
     /// will use. Those that it has accepted by then are part of every snapshot;
     /// a reset of the driver ends them.
@@ -270,7 +240,7 @@ impl VirtioDevice for Vsock {
                 // Answers, and credit for what the host took.
                 self.process_rx();
             }
-            // Buffers for events that have not happened.
+            // Buffers for events.
             _ => {}
         }
     }

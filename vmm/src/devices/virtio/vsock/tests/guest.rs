@@ -451,20 +451,6 @@ impl Guest {
         self.device.counters()[name]
     }
 
-    /// Gives the device a buffer for an event, with other bytes in it.
-    pub(super) fn offer_event_buffer(&mut self) {
-        self.memory
-            .write_obj(u32::MAX, GuestAddress(RX_BUFFERS - 8))
-            .unwrap();
-        self.offer_chain(2, 0, &[(RX_BUFFERS - 8, 8, 2)]);
-    }
-
-    pub(super) fn take_event(&mut self) -> Option<u32> {
-        let (_, len) = self.queues[2].take_used(&self.memory)?;
-        assert_eq!(len, 4);
-        Some(self.memory.read_obj(GuestAddress(RX_BUFFERS - 8)).unwrap())
-    }
-
     // --- The host's side ---
 
     /// Connects a client to the listener, and writes `line`.
