@@ -12,7 +12,9 @@ use soulbox_proto::vmm::v1::{
 };
 
 use crate::bus::lock;
-use crate::config::{BootRequest, PrepareRequest, RestoreRequest, SnapshotRequest};
+use crate::config::{
+    BootRequest, PrepareRequest, RestoreRequest, SnapshotRequest, working_set_file,
+};
 use crate::console::Console;
 use crate::control::{ControlSocket, Incoming, ReceiveError, Received, Wait};
 use crate::devices::Chip;
@@ -85,45 +87,43 @@ pub fn run(control: OwnedFd) -> Result<(Outcome, Option<Monitor>), MonitorError>
     crate::vcpu::install_kick_handler().map_err(MonitorError::KickHandler)?;
     let control = ControlSocket::new(control);
     let mut shell = None;
-    loop {
-        let Some((id, start)) = wait_for_start(&control, &mut shell)? else {
-            return Ok((Outcome::Ended, None));
-        };
-        let mut stages = Stopwatch::start();
-        return match Monitor::start(start, shell, &mut stages) {
-            Ok((mut monitor, started_at_ns, restored)) => {
-                let stages = stages.into_stages();
-                let sent = if restored {
-                    let spares = monitor.machine.take_spares();
-                    let restored = v1::Restored {
-                        stages,
-                        started_at_ns,
-                        spare_ports: spares.iter().map(|spare| spare.guest_port).collect(),
-                    };
-                    let fds: Vec<_> = spares.iter().map(|spare| spare.stream.as_fd()).collect();
-                    control.reply_with_fds(id, ReplyResult::Restored(restored), &fds)
-                } else {
-                    let booted = v1::Booted {
-                        stages,
-                        started_at_ns,
-                    };
-                    control.reply(id, ReplyResult::Booted(booted))
+    let Some((id, start)) = wait_for_start(&control, &mut shell)? else {
+        return Ok((Outcome::Ended, None));
+    };
+    let mut stages = Stopwatch::start();
+    match Monitor::start(start, shell, &mut stages) {
+        Ok((mut monitor, started_at_ns, restored)) => {
+            let stages = stages.into_stages();
+            let sent = if restored {
+                let spares = monitor.machine.take_spares();
+                let restored = v1::Restored {
+                    stages,
+                    started_at_ns,
+                    spare_ports: spares.iter().map(|spare| spare.guest_port).collect(),
                 };
-                if sent.is_ok() {
-                    monitor.control = Some(control);
-                } else if monitor.client_gone().is_some() {
-                    return Ok((Outcome::Ended, Some(monitor)));
-                }
-                let outcome = monitor.serve()?;
-                Ok((outcome, Some(monitor)))
+                let fds: Vec<_> = spares.iter().map(|spare| spare.stream.as_fd()).collect();
+                control.reply_with_fds(id, ReplyResult::Restored(restored), &fds)
+            } else {
+                let booted = v1::Booted {
+                    stages,
+                    started_at_ns,
+                };
+                control.reply(id, ReplyResult::Booted(booted))
+            };
+            if sent.is_ok() {
+                monitor.control = Some(control);
+            } else if monitor.client_gone().is_some() {
+                return Ok((Outcome::Ended, Some(monitor)));
             }
-            Err(Refusal { code, message }) => {
-                eprintln!("soulbox-vmm: {message}");
-                // The client reads why; if it is gone there is nobody to tell.
-                let _ = control.refuse(id, code, message);
-                Ok((Outcome::Failed, None))
-            }
-        };
+            let outcome = monitor.serve()?;
+            Ok((outcome, Some(monitor)))
+        }
+        Err(Refusal { code, message }) => {
+            eprintln!("soulbox-vmm: {message}");
+            // The client reads why; if it is gone there is nobody to tell.
+            let _ = control.refuse(id, code, message);
+            Ok((Outcome::Failed, None))
+        }
     }
 }
 
@@ -197,6 +197,7 @@ fn wait_for_start(
                 Op::GetMetrics(_)
                 | Op::Snapshot(_)
                 | Op::Resume(_)
+                | Op::RecordWorkingSet(_)
                 | Op::OpenSpares(_)
                 | Op::SetBalloon(_),
             ) => control.refuse(
@@ -358,6 +359,16 @@ impl Monitor {
             Some(Op::Resume(_)) => {
                 control.refuse(id, Code::WrongState, "the machine is not paused")
             }
+            Some(Op::RecordWorkingSet(record)) => match working_set_file(&record, fds) {
+                Ok(file) => match machine.record_working_set(&file) {
+                    Ok(bytes) => {
+                        let recorded = v1::WorkingSetRecorded { bytes };
+                        control.reply(id, ReplyResult::WorkingSetRecorded(recorded))
+                    }
+                    Err(error) => control.refuse(id, error.code(), error_chain(&error)),
+                },
+                Err(error) => control.refuse(id, Code::Invalid, error.to_string()),
+            },
             Some(Op::OpenSpares(spares)) => match open_spares(machine, &spares) {
                 Ok(()) => control.reply(id, ReplyResult::SparesOpened(v1::SparesOpened {})),
                 Err(Refusal { code, message }) => control.refuse(id, code, message),
@@ -494,6 +505,7 @@ fn build_restored(
     let origin = Origin::Restore {
         state: Box::new(state),
         layers: restore.memory,
+        working_set: restore.working_set,
     };
     let machine = Machine::new(frame, parts, origin, console.clone(), events, stages)?;
     Ok((machine, console, restore.attached.control_listener))
@@ -529,7 +541,10 @@ fn open_spares(machine: &Machine, spares: &v1::OpenSpares) -> Result<(), Refusal
 
 fn set_balloon(machine: &Machine, target_mib: u32) {
     machine.with_chip(|chip| match chip {
-        Chip::Balloon(balloon) => Some(balloon.set_target_mib(target_mib)),
+        Chip::Balloon(balloon) => {
+            balloon.set_target_mib(target_mib);
+            Some(())
+        }
         _ => None,
     });
 }

@@ -26,6 +26,7 @@ pub struct RestoreRequest {
     /// Memory layers, root first.
     pub memory: Vec<File>,
     pub attached: Attached,
+    pub working_set: Option<File>,
     pub disks: Vec<RestoreDisk>,
     pub vsock_listener: Option<UnixListener>,
 }
@@ -75,6 +76,9 @@ impl RestoreRequest {
                 restore.control_listener_fd,
                 restore.pagemap_fd,
             )?,
+            working_set: fds
+                .take_optional("working_set_fd", restore.working_set_fd)?
+                .map(File::from),
             disks: restore
                 .disks
                 .into_iter()
@@ -123,6 +127,17 @@ impl SnapshotRequest {
         fds.finish()?;
         Ok(Self { files })
     }
+}
+
+/// The file of a RecordWorkingSet.
+pub fn working_set_file(
+    record: &v1::RecordWorkingSet,
+    fds: Vec<OwnedFd>,
+) -> Result<File, ConfigError> {
+    let mut fds = Fds::new(fds);
+    let file = fds.take("file_fd", record.file_fd)?;
+    fds.finish()?;
+    Ok(file.into())
 }
 
 fn freeze(disk: &v1::SnapshotDisk, fds: &mut Fds) -> Result<Freeze, ConfigError> {

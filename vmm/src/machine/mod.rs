@@ -4,7 +4,6 @@
 use std::collections::HashMap;
 use std::fs::File;
 use std::io;
-use std::os::unix::net::UnixListener;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -13,18 +12,16 @@ use kvm_ioctls::VmFd;
 use soulbox_proto::vmm::v1;
 
 use crate::bus::{Bus, Overlap, SharedDevice, lock};
-use crate::config::{Disk, RestoreDisk, Vsock};
+use crate::config::{Disk, Vsock};
 use crate::console::Console;
 use crate::devices::generation::GenerationError;
-use crate::devices::virtio::ChipState;
 use crate::devices::virtio::block::BlockError;
 use crate::devices::virtio::vsock::{NewVsockError, Spare};
-use crate::devices::{Chip, DeviceState, Place, StateError};
+use crate::devices::{Chip, Place};
 use crate::events::EventSender;
 use crate::memory::pagemap::Pagemap;
-use crate::memory::runs::{self, RunsError};
+use crate::memory::working_set::WorkingSet;
 use crate::memory::{self, GuestMemory};
-use crate::vcpu::state::RestoreVcpuError;
 use crate::vcpu::{self, VcpuGone, VcpuThread, cpuid, features};
 
 pub mod acpi;
@@ -33,6 +30,7 @@ mod frame;
 pub mod kernel;
 pub mod kvm;
 pub mod layout;
+mod restore;
 mod save;
 mod shape;
 pub mod state;
@@ -40,9 +38,11 @@ pub mod state;
 pub(crate) mod tests;
 
 pub use frame::{Frame, Wire};
+pub use restore::RestoreError;
 pub use save::{SaveError, SnapshotFiles};
 pub use shape::{Kind, Shape, Slot};
 
+use restore::{check_fit, fill_in, restore_devices};
 use state::{CpuProfile, MachineState, MemoryState, NamedDevice, VmState};
 
 /// What a machine is made of besides its frame, apart from how it starts.
@@ -65,6 +65,7 @@ pub enum Origin<'a> {
     Restore {
         state: Box<MachineState>,
         layers: Vec<File>,
+        working_set: Option<File>,
     },
 }
 
@@ -75,7 +76,7 @@ enum Started<'a> {
         cmdline: &'a str,
     },
     Restoring {
-        vm: VmState,
+        vm: Box<VmState>,
         devices: Vec<NamedDevice>,
     },
 }
@@ -148,33 +149,6 @@ pub enum BuildError {
     Restore(#[from] RestoreError),
 }
 
-/// Why a snapshot cannot become a machine here.
-#[derive(Debug, thiserror::Error)]
-pub enum RestoreError {
-    #[error("the snapshot needs CPU features that this host lacks: {}; restore it on a host that has them", .0.join(", "))]
-    Cpu(Vec<String>),
-    #[error("the snapshot is of a machine of {0}, but there are {1} for it")]
-    Shape(String, String),
-    #[error(
-        "the snapshot's {what} has {expected} layers, but {actual} came with it; send all of its chain"
-    )]
-    Layers {
-        what: &'static str,
-        expected: u32,
-        actual: usize,
-    },
-    #[error("the snapshot's map of memory is damaged")]
-    Runs(#[from] RunsError),
-    #[error("the snapshot's state of device {name} does not fit: {error}")]
-    Device { name: String, error: StateError },
-    #[error("the snapshot's state of vCPU {index} was not accepted")]
-    Vcpu {
-        index: u8,
-        #[source]
-        error: RestoreVcpuError,
-    },
-}
-
 // === impl Machine ===
 
 impl Machine {
@@ -213,7 +187,11 @@ impl Machine {
                 };
                 (mapped, Started::Booting { kernel, cmdline })
             }
-            Origin::Restore { state, layers } => {
+            Origin::Restore {
+                state,
+                layers,
+                working_set,
+            } => {
                 check_fit(&state, shape, &parts, layers.len())?;
                 let missing = features::missing(&state.cpu.cpuid, cpuid.as_slice());
                 if !missing.is_empty() {
@@ -225,23 +203,35 @@ impl Machine {
                         .map_err(|_| RestoreError::Cpu(vec!["a CPUID that KVM can take".into()]))?;
                 }
                 memory::map_layers(&memory, &layers, &state.memory.runs)?;
+                stages.mark("memory");
+                let mut ahead = working_set.and_then(|file| fill_in(&memory, &file));
+                stages.mark("working_set");
                 // vCPUs take their state while devices are made.
                 for ((index, vcpu), (saved, initial_msrs)) in (0u8..)
                     .zip(&vcpus)
                     .zip(state.vcpus.into_iter().zip(initial_msrs))
                 {
                     let own = new_cpuid.then(|| cpuid::for_vcpu(&cpuid, index, shape.vcpu_count));
+                    // One vCPU maps memory for all.
+                    let ahead = ahead.take();
                     restoring.push(vcpu.call(move |fd| {
                         if let Some(cpuid) = own {
                             vcpu::state::set_cpuid(fd, &cpuid)?;
                         }
-                        vcpu::state::restore(fd, &saved, &initial_msrs, xsave_words)
+                        vcpu::state::restore(fd, &saved, &initial_msrs, xsave_words)?;
+                        for stretch in ahead.iter().flatten() {
+                            let (start, bytes) = (stretch.guest_address, stretch.bytes);
+                            if kvm::pre_fault(fd, start, bytes).is_err() {
+                                break;
+                            }
+                        }
+                        Ok(())
                     })?);
                 }
                 (
                     state.memory,
                     Started::Restoring {
-                        vm: state.vm,
+                        vm: Box::new(state.vm),
                         devices: state.devices,
                     },
                 )
@@ -384,6 +374,16 @@ impl Machine {
         }
     }
 
+    /// Writes what the guest has written to memory since its restore.
+    pub fn record_working_set(&self, file: &File) -> Result<u64, SaveError> {
+        let pagemap = self.pagemap.as_ref().ok_or(SaveError::NoPagemap)?;
+        let private = pagemap.private(&self.memory)?;
+        let ram_pages = self.shape.memory_bytes() / memory::PAGE_BYTES;
+        WorkingSet::new(ram_pages, private)
+            .write(file)
+            .map_err(SaveError::Memory)
+    }
+
     fn private_bytes(&self) -> u64 {
         let private = self
             .pagemap
@@ -402,146 +402,6 @@ impl Drop for Machine {
     fn drop(&mut self) {
         self.stop();
     }
-}
-
-// === impl Parts ===
-
-impl Parts {
-    /// What the client sent for a snapshot, with what the snapshot knows of it.
-    pub fn of_snapshot(
-        state: &MachineState,
-        disks: Vec<RestoreDisk>,
-        vsock_listener: Option<UnixListener>,
-        pagemap: Option<File>,
-    ) -> Result<Self, RestoreError> {
-        let chips = || {
-            state
-                .devices
-                .iter()
-                .filter_map(|device| match &device.state {
-                    DeviceState::Virtio(transport) => Some(&transport.chip),
-                    _ => None,
-                })
-        };
-        let saved_disks: Vec<_> = chips()
-            .filter_map(|chip| match chip {
-                ChipState::Block(disk) => Some(disk),
-                _ => None,
-            })
-            .collect();
-        if saved_disks.len() != disks.len() {
-            let words = |disks: usize| format!("{disks} disks");
-            return Err(RestoreError::Shape(
-                words(saved_disks.len()),
-                words(disks.len()),
-            ));
-        }
-        let disks = saved_disks
-            .into_iter()
-            .zip(disks)
-            .map(|(saved, sent)| Disk {
-                id: saved.id.clone(),
-                size_bytes: saved.size_bytes,
-                base: sent.base,
-                frozen: sent.frozen,
-                layer: sent.layer,
-                rate_limit: sent.rate_limit,
-            });
-        let guest_cid = chips().find_map(|chip| match chip {
-            ChipState::Vsock(vsock) => u32::try_from(vsock.guest_cid).ok(),
-            _ => None,
-        });
-        let vsock = match (guest_cid, vsock_listener) {
-            (Some(guest_cid), Some(listener)) => Some(Vsock {
-                guest_cid,
-                listener,
-            }),
-            (None, None) => None,
-            (saved, _) => {
-                let words = |vsock| if vsock { "a vsock" } else { "no vsock" };
-                let (saved, sent) = (words(saved.is_some()), words(saved.is_none()));
-                return Err(RestoreError::Shape(saved.into(), sent.into()));
-            }
-        };
-        Ok(Self {
-            disks: disks.collect(),
-            vsock,
-            pagemap,
-        })
-    }
-}
-
-/// Checks that a state, which is untrusted, is of this machine.
-fn check_fit(
-    state: &MachineState,
-    shape: Shape,
-    parts: &Parts,
-    layers: usize,
-) -> Result<(), RestoreError> {
-    let saved = &state.shape;
-    if *saved != shape.save() {
-        let words = |shape: &state::ShapeState| {
-            let vsock = if shape.vsock { "a" } else { "no" };
-            format!(
-                "{} vCPUs, {} MiB, {} disks and {vsock} vsock",
-                shape.vcpu_count, shape.memory_mib, shape.block_devices
-            )
-        };
-        return Err(RestoreError::Shape(words(saved), words(&shape.save())));
-    }
-    if state.vcpus.len() != usize::from(shape.vcpu_count) {
-        let (saved, wanted) = (state.vcpus.len(), shape.vcpu_count);
-        let words = |vcpus: usize| format!("the state of {vcpus} vCPUs");
-        return Err(RestoreError::Shape(words(saved), words(wanted.into())));
-    }
-    let layers_of = |what, expected: u32, actual: usize| {
-        if expected as usize == actual {
-            Ok(())
-        } else {
-            Err(RestoreError::Layers {
-                what,
-                expected,
-                actual,
-            })
-        }
-    };
-    layers_of("memory", state.memory.layers, layers)?;
-    if state.memory.layers == 0 {
-        return layers_of("memory", 1, 0);
-    }
-    runs::check(
-        &state.memory.runs,
-        shape.memory_bytes() / memory::PAGE_BYTES,
-        state.memory.layers,
-    )?;
-    if state.disk_layers.len() != parts.disks.len() {
-        return layers_of("disk", state.disk_layers.len() as u32, parts.disks.len());
-    }
-    for (expected, disk) in state.disk_layers.iter().zip(&parts.disks) {
-        layers_of("disk", *expected, disk.frozen.len())?;
-    }
-    Ok(())
-}
-
-fn restore_devices(devices: &[DeviceSlot], saved: Vec<NamedDevice>) -> Result<(), RestoreError> {
-    if saved.len() != devices.len() {
-        let words = |devices: usize| format!("{devices} devices");
-        return Err(RestoreError::Shape(
-            words(saved.len()),
-            words(devices.len()),
-        ));
-    }
-    for (slot, saved) in devices.iter().zip(saved) {
-        let error = |error| RestoreError::Device {
-            name: slot.name.clone(),
-            error,
-        };
-        if slot.name != saved.name {
-            return Err(error(StateError::Kind));
-        }
-        lock(&slot.device).restore(saved.state).map_err(error)?;
-    }
-    Ok(())
 }
 
 fn renew_generation(devices: &[DeviceSlot]) -> Result<(), GenerationError> {

@@ -12,7 +12,7 @@ use super::state::{MachineState, MemoryState, NamedDevice, VmState};
 use super::{Machine, Stopwatch, cpu_profile, kvm, monotonic_ns};
 use crate::bus::lock;
 use crate::devices::Chip;
-use crate::devices::virtio::block::{Freeze, FreezeError};
+use crate::devices::virtio::block::{Block, Freeze, FreezeError};
 use crate::memory::pagemap::PagemapError;
 use crate::memory::runs::{self, Pages};
 use crate::memory::{self, GuestMemory};
@@ -64,8 +64,9 @@ impl Machine {
         let stopped = Instant::now();
         let leave_paused = files.leave_paused;
         if let Err(error) = self.pause() {
-            self.resume();
-            return Err(error);
+            // The devices have not been paused.
+            self.resume_vcpus();
+            return Err(error.into());
         }
         stages.mark("pause");
         match self.save(files, &mut stages) {
@@ -79,7 +80,7 @@ impl Machine {
                 Ok(snapshotted)
             }
             Err(error) => {
-                self.with_disks(|disk| disk.abandon_freeze());
+                self.with_disks(Block::abandon_freeze);
                 self.resume();
                 Err(error)
             }
@@ -92,11 +93,15 @@ impl Machine {
             lock(&slot.device).resume();
         }
         let started_at_ns = monotonic_ns();
+        self.resume_vcpus();
+        started_at_ns
+    }
+
+    fn resume_vcpus(&mut self) {
         for vcpu in &self.vcpus {
             vcpu.resume();
         }
         self.paused = false;
-        started_at_ns
     }
 
     pub fn is_paused(&self) -> bool {
@@ -123,7 +128,7 @@ impl Machine {
         Ok(())
     }
 
-    fn pause(&mut self) -> Result<(), SaveError> {
+    fn pause(&mut self) -> Result<(), VcpuGone> {
         self.paused = true;
         // All are asked before any is waited for.
         let pausing: Vec<_> = self
@@ -211,7 +216,7 @@ impl Machine {
             devices,
         };
         snapshot::write(&files.state, &state)?;
-        self.with_disks(|disk| disk.commit_freeze());
+        self.with_disks(Block::commit_freeze);
         stages.mark("write");
         Ok(v1::Snapshotted {
             memory_bytes,
@@ -221,7 +226,7 @@ impl Machine {
         })
     }
 
-    fn with_disks(&self, mut f: impl FnMut(&mut crate::devices::virtio::block::Block)) {
+    fn with_disks(&self, mut f: impl FnMut(&mut Block)) {
         for slot in &self.devices {
             if let Chip::Disk(disk) = lock(&slot.device).chip() {
                 f(disk);

@@ -1,21 +1,25 @@
 //! What a machine checks of a state before it touches KVM.
 
 use std::os::fd::AsRawFd as _;
+use std::os::unix::net::UnixListener;
 
 use kvm_bindings::{kvm_clock_data, kvm_cpuid_entry2, kvm_irqchip};
 use proptest::prelude::*;
 
+use super::restore::{check_fit, restore_devices};
 use super::state::{ShapeState, VmState};
 use super::*;
-use crate::config::RateLimit;
+use crate::config::{RateLimit, RestoreDisk};
 use crate::devices::panic::PanicState;
 use crate::devices::serial::SerialState;
+use crate::devices::virtio::ChipState;
 use crate::devices::virtio::balloon::BalloonState;
 use crate::devices::virtio::block::BlockState;
 use crate::devices::virtio::mmio::{SavedQueue, TransportState};
 use crate::devices::virtio::vsock::VsockState;
+use crate::devices::{DeviceState, StateError};
 use crate::events;
-use crate::memory::runs::Run;
+use crate::memory::runs::{Run, RunsError};
 use crate::snapshot::tests::{read_bytes, sealed};
 use crate::vcpu::state::VcpuState;
 

@@ -139,16 +139,19 @@ pub fn discard(memory: &GuestMemory, start: GuestAddress, bytes: u64) -> rustix:
     })
 }
 
-/// Makes pages private before the guest writes to them. A page that cannot be is
-/// made so by that write.
-pub fn populate(memory: &GuestMemory, pages: &[Pages]) {
-    for pages in pages {
+/// Makes pages private before the guest writes to them; gives where they are. A
+/// page that cannot be is made so by that write.
+pub(crate) fn populate(memory: &GuestMemory, pages: &[Pages]) -> Vec<Stretch> {
+    let populated = pages.iter().flat_map(|pages| {
         let bytes = (pages.end - pages.start) * PAGE_BYTES;
-        for stretch in part(memory, pages.start * PAGE_BYTES, bytes) {
+        part(memory, pages.start * PAGE_BYTES, bytes)
+    });
+    populated
+        .inspect(|stretch| {
             // EINVAL before Linux 5.14, which does not know how.
-            let _ = map::populate(&stretch);
-        }
-    }
+            let _ = map::populate(stretch);
+        })
+        .collect()
 }
 
 /// All of RAM, in bytes.

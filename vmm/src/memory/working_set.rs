@@ -92,7 +92,14 @@ mod tests {
     #[test]
     fn what_is_written_is_read() {
         let file = tempfile::tempfile().unwrap();
-        let set = WorkingSet::new(100_000, vec![pages(1, 2), pages(10, 10 + MAX_PAGES), pages(90_000, 90_001)]);
+        let set = WorkingSet::new(
+            100_000,
+            vec![
+                pages(1, 2),
+                pages(10, 10 + MAX_PAGES),
+                pages(90_000, 90_001),
+            ],
+        );
         assert_eq!(set.runs(), [pages(1, 2), pages(10, 9 + MAX_PAGES)]);
         set.write(&file).unwrap();
         assert_eq!(WorkingSet::read(&file, 100_000), Some(set));
