@@ -63,15 +63,15 @@ async fn serve(options: &Options, started_us: u64) -> anyhow::Result<()> {
     tokio::spawn(reaper.clone().run(sigchld));
 
     let (stop, stopped) = watch::channel(false);
-    let processes = Processes::new(reaper, cgroups(options));
+    let processes = Processes::new(reaper, cgroups(options), stopped.clone());
     let system = System::new(processes.clone(), stop.clone(), options.is_init);
-    let services = Services::new(processes, system);
+    let services = Services::new(processes.clone(), system);
 
     let stopping = async {
         wait_for_stop(&stop, options.is_init).await?;
         stop.send_replace(true);
         if options.is_init {
-            stop_programs().await;
+            stop_programs(processes.is_suspended()).await;
         }
         Ok(())
     };

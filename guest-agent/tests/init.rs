@@ -54,7 +54,7 @@ async fn becomes_who_it_is_told_to_be() {
     for name in ["first", "second.example"] {
         let configure = ConfigureRequest {
             hostname: name.to_owned(),
-            wall_clock: None,
+            ..ConfigureRequest::default()
         };
         guest.system().configure(configure).await.unwrap();
         let finished = guest.sh("hostname; cat /etc/hostname /etc/hosts").await;

@@ -288,7 +288,7 @@ async fn only_pid_1_configures_and_turns_off() {
     assert_eq!(reason(&status).0, "NOT_INIT");
     let named = ConfigureRequest {
         hostname: "other".to_owned(),
-        wall_clock: None,
+        ..ConfigureRequest::default()
     };
     assert_eq!(
         reason(&guest.system().configure(named).await.unwrap_err()).0,
@@ -296,7 +296,7 @@ async fn only_pid_1_configures_and_turns_off() {
     );
     let wrong = ConfigureRequest {
         hostname: "a b".to_owned(),
-        wall_clock: None,
+        ..ConfigureRequest::default()
     };
     assert_eq!(
         fields(&guest.system().configure(wrong).await.unwrap_err()),

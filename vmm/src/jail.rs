@@ -11,6 +11,9 @@ use seccompiler::{
     SeccompFilter, SeccompRule, TargetArch,
 };
 
+use crate::devices::virtio::block::REGISTER_FILES_UPDATE;
+use crate::memory::pagemap::PAGEMAP_SCAN;
+
 /// KVM's ioctls (`KVMIO`), in bits 15:8 of every one of their numbers.
 const KVM_IOCTL_TYPE: u64 = 0xae << 8;
 const IOCTL_TYPE_MASK: u64 = 0xff << 8;
@@ -60,6 +63,7 @@ const ALLOWED: &[libc::c_long] = &[
     libc::SYS_newfstatat,
     libc::SYS_ftruncate,
     libc::SYS_fallocate,
+    libc::SYS_copy_file_range,
     libc::SYS_fsync,
     libc::SYS_fdatasync,
     libc::SYS_msync,
@@ -132,16 +136,31 @@ pub fn enter(control: &impl AsRawFd) -> Result<(), JailError> {
 
 /// Gives up, before any guest code runs, what only building a machine needs:
 /// new io_urings, whose operations seccomp does not see. The disks' own are
-/// there already, restricted to what a disk does.
+/// there already, restricted to what a disk does. It holds for all threads: a
+/// shell has its vCPUs' before it has disks.
+///
+/// A snapshot gives a disk a new layer, so a ring's files may be replaced. That
+/// is no new power: only a descriptor that the process has can be given, and the
+/// ring does no more with it than readv, writev, fdatasync and fallocate, which
+/// the process may do with any of its descriptors without a ring.
 pub fn seal() -> Result<(), JailError> {
     let filter = seal_filter().map_err(JailError::Filter)?;
-    seccompiler::apply_filter(&filter).map_err(JailError::Install)
+    seccompiler::apply_filter_all_threads(&filter).map_err(JailError::Install)
 }
 
 fn seal_filter() -> Result<BpfProgram, BackendError> {
-    let denied = [libc::SYS_io_uring_setup, libc::SYS_io_uring_register];
+    let other_than_files = SeccompRule::new(vec![SeccompCondition::new(
+        1,
+        SeccompCmpArgLen::Dword,
+        SeccompCmpOp::Ne,
+        u64::from(REGISTER_FILES_UPDATE),
+    )?])?;
+    let denied = [
+        (libc::SYS_io_uring_setup, Vec::new()),
+        (libc::SYS_io_uring_register, vec![other_than_files]),
+    ];
     SeccompFilter::new(
-        denied.iter().map(|number| (*number, Vec::new())).collect(),
+        denied.into_iter().collect(),
         SeccompAction::Allow,
         SeccompAction::KillProcess,
         TargetArch::x86_64,
@@ -169,11 +188,13 @@ fn filter() -> Result<BpfProgram, BackendError> {
         ALLOWED.iter().map(|number| (*number, Vec::new())).collect();
     let kvm = argument(1, SeccompCmpOp::MaskedEq(IOCTL_TYPE_MASK), KVM_IOCTL_TYPE)?;
     let nonblocking = argument(1, SeccompCmpOp::Eq, libc::FIONBIO)?;
+    let pagemap = argument(1, SeccompCmpOp::Eq, PAGEMAP_SCAN)?;
     rules.insert(
         libc::SYS_ioctl,
         vec![
             SeccompRule::new(vec![kvm])?,
             SeccompRule::new(vec![nonblocking])?,
+            SeccompRule::new(vec![pagemap])?,
         ],
     );
     let unix = argument(0, SeccompCmpOp::Eq, libc::AF_UNIX as u64)?;

@@ -16,6 +16,7 @@ pub mod machine;
 pub mod memory;
 pub mod monitor;
 pub mod rate_limiter;
+pub mod snapshot;
 mod sys;
 pub mod testing;
 pub mod vcpu;

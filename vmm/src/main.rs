@@ -53,8 +53,9 @@ fn main() -> ExitCode {
         return ExitCode::FAILURE;
     }
     match monitor::run(control) {
-        Ok(Outcome::Ended) => ExitCode::SUCCESS,
-        Ok(Outcome::Failed) => ExitCode::FAILURE,
+        // Exits with the machine undropped; see `run`.
+        Ok((Outcome::Ended, _machine)) => std::process::exit(0),
+        Ok((Outcome::Failed, _machine)) => std::process::exit(1),
         Err(error) => {
             eprintln!("soulbox-vmm: {}", error_chain(&error));
             ExitCode::FAILURE

@@ -1,6 +1,6 @@
-//! The monitor's main thread: it takes one Boot from its client, then serves
-//! devices, events and further requests from one epoll loop until the machine
-//! is over.
+//! The monitor's main thread: it takes one Boot or Restore from its client, then
+//! serves devices, events and further requests from one epoll loop until the
+//! machine is over.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
@@ -12,12 +12,16 @@ use soulbox_proto::vmm::v1::{
 };
 
 use crate::bus::lock;
-use crate::config::BootRequest;
+use crate::config::{
+    BootRequest, PrepareRequest, RestoreRequest, SnapshotRequest, working_set_file,
+};
 use crate::console::Console;
 use crate::control::{ControlSocket, Incoming, ReceiveError, Received, Wait};
+use crate::devices::Chip;
 use crate::error_chain;
-use crate::events::{self, EventReceiver, Exit, MachineEvent};
-use crate::machine::{BuildError, Machine, Origin, Parts, Stopwatch};
+use crate::events::{self, EventReceiver, EventSender, Exit, MachineEvent};
+use crate::machine::{BuildError, Frame, Machine, Origin, Parts, Shape, Stopwatch};
+use crate::snapshot;
 
 /// Events taken from the kernel at once.
 const EVENT_BATCH: usize = 32;
@@ -50,7 +54,9 @@ enum Token {
     Device { slot: usize, source: usize },
 }
 
-struct Monitor {
+/// A machine that is being served, or, once [`run`] has returned it, over: its
+/// vCPUs have stopped, its memory and devices are still there.
+pub struct Monitor {
     machine: Machine,
     console: Console,
     events: EventReceiver,
@@ -59,40 +65,74 @@ struct Monitor {
     epoll: OwnedFd,
 }
 
+/// What a machine is to be made from.
+enum Start {
+    Boot(BootRequest),
+    Restore(RestoreRequest),
+}
+
+/// Why there is no machine, as the client is told.
+struct Refusal {
+    code: Code,
+    message: String,
+}
+
 /// Serves the client at the other end of `control` until the machine is over.
-pub fn run(control: OwnedFd) -> Result<Outcome, MonitorError> {
+///
+/// The machine comes back with the outcome, for the process to exit without
+/// dropping it: the kernel takes a dead process apart in less than a millisecond,
+/// where a VM whose descriptors are closed one by one waits for RCU again and
+/// again (14 ms measured).
+pub fn run(control: OwnedFd) -> Result<(Outcome, Option<Monitor>), MonitorError> {
     crate::vcpu::install_kick_handler().map_err(MonitorError::KickHandler)?;
     let control = ControlSocket::new(control);
-    let Some((id, request)) = wait_for_boot(&control)? else {
-        return Ok(Outcome::Ended);
+    let mut shell = None;
+    let Some((id, start)) = wait_for_start(&control, &mut shell)? else {
+        return Ok((Outcome::Ended, None));
     };
     let mut stages = Stopwatch::start();
-    match Monitor::boot(request, &mut stages) {
-        Ok((mut monitor, started_at_ns)) => {
-            let booted = v1::Booted {
-                stages: stages.into_stages(),
-                started_at_ns,
+    match Monitor::start(start, shell, &mut stages) {
+        Ok((mut monitor, started_at_ns, restored)) => {
+            let stages = stages.into_stages();
+            let sent = if restored {
+                let spares = monitor.machine.take_spares();
+                let restored = v1::Restored {
+                    stages,
+                    started_at_ns,
+                    spare_ports: spares.iter().map(|spare| spare.guest_port).collect(),
+                };
+                let fds: Vec<_> = spares.iter().map(|spare| spare.stream.as_fd()).collect();
+                control.reply_with_fds(id, ReplyResult::Restored(restored), &fds)
+            } else {
+                let booted = v1::Booted {
+                    stages,
+                    started_at_ns,
+                };
+                control.reply(id, ReplyResult::Booted(booted))
             };
-            let sent = control.reply(id, ReplyResult::Booted(booted));
             if sent.is_ok() {
                 monitor.control = Some(control);
             } else if monitor.client_gone().is_some() {
-                return Ok(Outcome::Ended);
+                return Ok((Outcome::Ended, Some(monitor)));
             }
-            monitor.serve()
+            let outcome = monitor.serve()?;
+            Ok((outcome, Some(monitor)))
         }
-        Err((code, message)) => {
+        Err(Refusal { code, message }) => {
             eprintln!("soulbox-vmm: {message}");
             // The client reads why; if it is gone there is nobody to tell.
             let _ = control.refuse(id, code, message);
-            Ok(Outcome::Failed)
+            Ok((Outcome::Failed, None))
         }
     }
 }
 
-/// Answers requests until there is a machine to build. `None` when the client
-/// goes before that.
-fn wait_for_boot(control: &ControlSocket) -> Result<Option<(u64, BootRequest)>, MonitorError> {
+/// Answers requests until there is a machine to build, and makes the shell for
+/// it when asked. `None` when the client goes before that.
+fn wait_for_start(
+    control: &ControlSocket,
+    shell: &mut Option<Frame>,
+) -> Result<Option<(u64, Start)>, MonitorError> {
     loop {
         let Incoming { request, fds } = match control.receive(Wait::Yes) {
             Ok(Received::Request(incoming)) => incoming,
@@ -112,17 +152,58 @@ fn wait_for_boot(control: &ControlSocket) -> Result<Option<(u64, BootRequest)>, 
         let id = request.id;
         let refused = match request.op {
             Some(Op::Boot(boot)) => match BootRequest::from_message(boot, fds) {
-                Ok(boot) => return Ok(Some((id, boot))),
+                Ok(boot) => match shell.as_ref().map(Frame::shape) {
+                    Some(shape) if shape != boot.shape => {
+                        let message = "the shell is of another shape; boot in a new monitor";
+                        control.refuse(id, Code::Invalid, message)
+                    }
+                    _ => return Ok(Some((id, Start::Boot(boot)))),
+                },
+                Err(error) => control.refuse(id, Code::Invalid, error.to_string()),
+            },
+            Some(Op::Restore(restore)) => match RestoreRequest::from_message(restore, fds) {
+                Ok(restore) if restore.kvm.is_none() && shell.is_none() => {
+                    let message = "there is no shell: send kvm_fd, or Prepare first";
+                    control.refuse(id, Code::Invalid, message)
+                }
+                Ok(restore) => return Ok(Some((id, Start::Restore(restore)))),
+                Err(error) => control.refuse(id, Code::Invalid, error.to_string()),
+            },
+            Some(Op::Prepare(_)) if shell.is_some() => {
+                control.refuse(id, Code::WrongState, "there is a shell already; use it")
+            }
+            Some(Op::Prepare(prepare)) => match PrepareRequest::from_message(prepare, fds) {
+                Ok(prepare) => {
+                    let mut stages = Stopwatch::start();
+                    match Frame::new(prepare.shape, prepare.kvm, &mut stages) {
+                        Ok(frame) => {
+                            *shell = Some(frame);
+                            let stages = stages.into_stages();
+                            control.reply(id, ReplyResult::Prepared(v1::Prepared { stages }))
+                        }
+                        Err(error) => {
+                            let _ = control.refuse(id, error.code(), error_chain(&error));
+                            return Ok(None);
+                        }
+                    }
+                }
                 Err(error) => control.refuse(id, Code::Invalid, error.to_string()),
             },
             Some(Op::Shutdown(_)) => {
                 let _ = control.reply(id, ReplyResult::ShuttingDown(v1::ShuttingDown {}));
                 return Ok(None);
             }
-            Some(Op::GetMetrics(_)) => control.refuse(
+            Some(
+                Op::GetMetrics(_)
+                | Op::Snapshot(_)
+                | Op::Resume(_)
+                | Op::RecordWorkingSet(_)
+                | Op::OpenSpares(_)
+                | Op::SetBalloon(_),
+            ) => control.refuse(
                 id,
                 Code::WrongState,
-                "there is no machine yet; send Boot first",
+                "there is no machine yet; send Boot or Restore first",
             ),
             None => control.refuse(id, Code::Invalid, "the request names no operation"),
         };
@@ -135,47 +216,42 @@ fn wait_for_boot(control: &ControlSocket) -> Result<Option<(u64, BootRequest)>, 
 // === impl Monitor ===
 
 impl Monitor {
-    fn boot(request: BootRequest, stages: &mut Stopwatch) -> Result<(Self, u64), (Code, String)> {
-        let host = |error: &dyn std::error::Error| (Code::Host, error_chain(error));
-        let build = |error: BuildError| (error.code(), error_chain(&error));
-
-        let (sender, events) = events::channel().map_err(|error| host(&error))?;
-        let console = Console::new(request.console).map_err(|error| host(&error))?;
-        let mut kernel = request.kernel;
-        let parts = Parts {
-            config: request.config,
-            kvm: request.kvm,
-            memory: request.memory,
-            disks: request.disks,
-            vsock: request.vsock,
-        };
-        let origin = Origin::Boot {
-            kernel: &mut kernel,
-        };
-        let mut machine =
-            Machine::new(parts, origin, console.clone(), sender, stages).map_err(build)?;
-        let epoll = epoll::create(epoll::CreateFlags::CLOEXEC).map_err(|error| host(&error))?;
-        crate::jail::seal().map_err(|error| host(&error))?;
-        let started_at_ns = machine.start().map_err(build)?;
+    /// Builds the machine and starts it; with it comes when that was, and whether
+    /// it was restored.
+    fn start(
+        start: Start,
+        shell: Option<Frame>,
+        stages: &mut Stopwatch,
+    ) -> Result<(Self, u64, bool), Refusal> {
+        let (sender, events) = events::channel().map_err(|error| refusal(Code::Host, &error))?;
+        let restored = matches!(start, Start::Restore(_));
+        let (mut machine, console, control_listener) = match start {
+            Start::Boot(boot) => build_booted(boot, shell, sender, stages),
+            Start::Restore(restore) => build_restored(restore, shell, sender, stages),
+        }?;
+        let host = |errno: Errno| refusal(Code::Host, &errno);
+        let epoll = epoll::create(epoll::CreateFlags::CLOEXEC).map_err(host)?;
+        crate::jail::seal().map_err(|error| refusal(Code::Host, &error))?;
+        let started_at_ns = machine.start()?;
         stages.mark("start");
         let monitor = Self {
             machine,
             console,
             events,
             control: None,
-            control_listener: request.control_listener,
+            control_listener,
             epoll,
         };
-        Ok((monitor, started_at_ns))
+        Ok((monitor, started_at_ns, restored))
     }
 
-    fn serve(mut self) -> Result<Outcome, MonitorError> {
+    fn serve(&mut self) -> Result<Outcome, MonitorError> {
         self.watch_all()?;
         let exit = self.serve_until_exit()?;
         let console_tail = self.console.tail();
         let control = self.control.take();
-        // vCPUs first: once the client reads Exited, no guest code runs.
-        drop(self);
+        // Once the client reads Exited, no guest code runs.
+        self.machine.stop();
         let ended = matches!(
             exit.reason,
             Reason::PoweredOff | Reason::Reset | Reason::Forced
@@ -253,8 +329,8 @@ impl Monitor {
             return Ok(None);
         };
         // The event may be of a client before this one: do not wait.
-        let request = match control.receive(Wait::No) {
-            Ok(Received::Request(incoming)) => incoming.request,
+        let Incoming { request, fds } = match control.receive(Wait::No) {
+            Ok(Received::Request(incoming)) => incoming,
             Ok(Received::Nothing) => return Ok(None),
             Ok(Received::End) | Err(ReceiveError::Io(_)) => return Ok(self.client_gone()),
             Err(error) => {
@@ -263,16 +339,49 @@ impl Monitor {
             }
         };
         let id = request.id;
+        let machine = &mut self.machine;
         let replied = match request.op {
             Some(Op::GetMetrics(_)) => {
-                let metrics = self.machine.metrics(&self.console);
+                let metrics = machine.metrics(&self.console);
                 control.reply(id, ReplyResult::Metrics(metrics))
+            }
+            Some(Op::Snapshot(snapshot)) => match SnapshotRequest::from_message(snapshot, fds) {
+                Ok(snapshot) => match machine.snapshot(snapshot.files) {
+                    Ok(snapshotted) => control.reply(id, ReplyResult::Snapshotted(snapshotted)),
+                    Err(error) => control.refuse(id, error.code(), error_chain(&error)),
+                },
+                Err(error) => control.refuse(id, Code::Invalid, error.to_string()),
+            },
+            Some(Op::Resume(_)) if machine.is_paused() => {
+                let started_at_ns = machine.resume();
+                control.reply(id, ReplyResult::Resumed(v1::Resumed { started_at_ns }))
+            }
+            Some(Op::Resume(_)) => {
+                control.refuse(id, Code::WrongState, "the machine is not paused")
+            }
+            Some(Op::RecordWorkingSet(record)) => match working_set_file(&record, fds) {
+                Ok(file) => match machine.record_working_set(&file) {
+                    Ok(bytes) => {
+                        let recorded = v1::WorkingSetRecorded { bytes };
+                        control.reply(id, ReplyResult::WorkingSetRecorded(recorded))
+                    }
+                    Err(error) => control.refuse(id, error.code(), error_chain(&error)),
+                },
+                Err(error) => control.refuse(id, Code::Invalid, error.to_string()),
+            },
+            Some(Op::OpenSpares(spares)) => match open_spares(machine, &spares) {
+                Ok(()) => control.reply(id, ReplyResult::SparesOpened(v1::SparesOpened {})),
+                Err(Refusal { code, message }) => control.refuse(id, code, message),
+            },
+            Some(Op::SetBalloon(balloon)) => {
+                set_balloon(machine, balloon.target_mib);
+                control.reply(id, ReplyResult::BalloonSet(v1::BalloonSet {}))
             }
             Some(Op::Shutdown(_)) => {
                 let _ = control.reply(id, ReplyResult::ShuttingDown(v1::ShuttingDown {}));
                 return Ok(Some(forced("the client asked for it")));
             }
-            Some(Op::Boot(_)) => control.refuse(
+            Some(Op::Boot(_) | Op::Prepare(_) | Op::Restore(_)) => control.refuse(
                 id,
                 Code::WrongState,
                 "this monitor has its machine already; start another monitor",
@@ -334,6 +443,122 @@ impl Monitor {
             }
         }
         None
+    }
+}
+
+type Built = (Machine, Console, Option<OwnedFd>);
+
+fn build_booted(
+    boot: BootRequest,
+    shell: Option<Frame>,
+    events: EventSender,
+    stages: &mut Stopwatch,
+) -> Result<Built, Refusal> {
+    let console = new_console(boot.attached.console)?;
+    let frame = match shell {
+        Some(frame) => frame,
+        None => Frame::new(boot.shape, boot.kvm, stages)?,
+    };
+    let parts = Parts {
+        disks: boot.disks,
+        vsock: boot.vsock,
+        pagemap: boot.attached.pagemap,
+    };
+    let mut kernel = boot.kernel;
+    let origin = Origin::Boot {
+        kernel: &mut kernel,
+        cmdline: &boot.cmdline,
+    };
+    let machine = Machine::new(frame, parts, origin, console.clone(), events, stages)?;
+    Ok((machine, console, boot.attached.control_listener))
+}
+
+fn build_restored(
+    restore: RestoreRequest,
+    shell: Option<Frame>,
+    events: EventSender,
+    stages: &mut Stopwatch,
+) -> Result<Built, Refusal> {
+    let console = new_console(restore.attached.console)?;
+    let state = snapshot::read(&restore.state).map_err(|error| refusal(Code::Snapshot, &error))?;
+    stages.mark("read");
+    let damaged = |message: String| Refusal {
+        code: Code::Snapshot,
+        message,
+    };
+    let frame = match (shell, restore.kvm) {
+        (Some(frame), _) => frame,
+        (None, Some(kvm)) => {
+            let shape = Shape::from_state(&state.shape)
+                .map_err(|error| damaged(format!("the snapshot's machine cannot be: {error}")))?;
+            Frame::new(shape, kvm, stages)?
+        }
+        (None, None) => return Err(damaged("there is no shell".into())),
+    };
+    let parts = Parts::of_snapshot(
+        &state,
+        restore.disks,
+        restore.vsock_listener,
+        restore.attached.pagemap,
+    )
+    .map_err(BuildError::from)?;
+    let origin = Origin::Restore {
+        state: Box::new(state),
+        layers: restore.memory,
+        working_set: restore.working_set,
+    };
+    let machine = Machine::new(frame, parts, origin, console.clone(), events, stages)?;
+    Ok((machine, console, restore.attached.control_listener))
+}
+
+fn new_console(client: Option<OwnedFd>) -> Result<Console, Refusal> {
+    Console::new(client).map_err(|error| refusal(Code::Host, &error))
+}
+
+/// The most spare connections of a machine.
+const MAX_SPARES: u32 = 16;
+
+fn open_spares(machine: &Machine, spares: &v1::OpenSpares) -> Result<(), Refusal> {
+    if !(1..=MAX_SPARES).contains(&spares.count) {
+        return Err(Refusal {
+            code: Code::Invalid,
+            message: format!("count: {} is not within 1–{MAX_SPARES}", spares.count),
+        });
+    }
+    let opened = machine.with_chip(|chip| match chip {
+        Chip::Vsock(vsock) => Some(vsock.open_spares(spares.guest_port, spares.count)),
+        _ => None,
+    });
+    match opened {
+        Some(Ok(())) => Ok(()),
+        Some(Err(error)) => Err(refusal(Code::Host, &error)),
+        None => Err(Refusal {
+            code: Code::WrongState,
+            message: "the machine has no vsock".into(),
+        }),
+    }
+}
+
+fn set_balloon(machine: &Machine, target_mib: u32) {
+    machine.with_chip(|chip| match chip {
+        Chip::Balloon(balloon) => {
+            balloon.set_target_mib(target_mib);
+            Some(())
+        }
+        _ => None,
+    });
+}
+
+fn refusal(code: Code, error: &dyn std::error::Error) -> Refusal {
+    Refusal {
+        code,
+        message: error_chain(error),
+    }
+}
+
+impl From<BuildError> for Refusal {
+    fn from(error: BuildError) -> Self {
+        refusal(error.code(), &error)
     }
 }
 

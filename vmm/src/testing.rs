@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use prost::Message as _;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
+use rustix::fs::{MemfdFlags, memfd_create};
 use rustix::net::{
     AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
     SendAncillaryMessage, SendFlags, SocketFlags, SocketType, recvmsg, sendmsg, socketpair,
@@ -52,6 +52,13 @@ pub struct BootSpec {
     pub fds: Vec<OwnedFd>,
 }
 
+/// A Restore request under construction.
+#[derive(Debug)]
+pub struct RestoreSpec {
+    pub restore: v1::Restore,
+    pub fds: Vec<OwnedFd>,
+}
+
 // === impl Monitor ===
 
 impl Monitor {
@@ -81,6 +88,11 @@ impl Monitor {
 
     pub fn control(&mut self) -> &mut Control {
         &mut self.control
+    }
+
+    /// The process's page map, which it cannot open itself.
+    pub fn pagemap(&self) -> io::Result<File> {
+        File::open(format!("/proc/{}/pagemap", self.pid()))
     }
 
     /// Waits until the process has ended by itself.
@@ -129,16 +141,24 @@ impl Control {
 
     /// Sends a request with descriptors and waits for its reply.
     pub fn request(&mut self, op: Op, fds: &[OwnedFd]) -> io::Result<Reply> {
+        Ok(self.request_with_fds(op, fds)?.0)
+    }
+
+    /// The same, with the descriptors of the reply.
+    pub fn request_with_fds(
+        &mut self,
+        op: Op,
+        fds: &[OwnedFd],
+    ) -> io::Result<(Reply, Vec<OwnedFd>)> {
         let id = self.next_id;
         self.next_id += 1;
         let request = v1::Request { id, op: Some(op) };
         self.send(&request.encode_to_vec(), fds)?;
         loop {
             match self.receive()? {
-                (Message::Reply(reply), _) if reply.id == id => {
-                    return reply
-                        .result
-                        .ok_or_else(|| io::ErrorKind::InvalidData.into());
+                (Message::Reply(reply), fds) if reply.id == id => {
+                    let result = reply.result.ok_or(io::ErrorKind::InvalidData)?;
+                    return Ok((result, fds));
                 }
                 (Message::Reply(_), _) => return Err(io::ErrorKind::InvalidData.into()),
                 (Message::Event(event), fds) => self.events.extend(event.event.map(|e| (e, fds))),
@@ -150,8 +170,45 @@ impl Control {
     pub fn boot(&mut self, spec: BootSpec) -> io::Result<v1::Booted> {
         match self.request(Op::Boot(spec.boot), &spec.fds)? {
             Reply::Booted(booted) => Ok(booted),
-            Reply::Error(error) => Err(io::Error::other(error.message)),
-            _ => Err(io::ErrorKind::InvalidData.into()),
+            other => Err(refused(other)),
+        }
+    }
+
+    /// Makes a shell; a refusal is an error with the monitor's message.
+    pub fn prepare(&mut self, shape: v1::MachineShape) -> io::Result<v1::Prepared> {
+        let prepare = v1::Prepare {
+            shape: Some(shape),
+            kvm_fd: 0,
+        };
+        match self.request(Op::Prepare(prepare), &[kvm()?])? {
+            Reply::Prepared(prepared) => Ok(prepared),
+            other => Err(refused(other)),
+        }
+    }
+
+    /// Restores; a refusal is an error with the monitor's message. With the reply
+    /// come the host's ends of the spare connections.
+    pub fn restore(&mut self, spec: RestoreSpec) -> io::Result<(v1::Restored, Vec<OwnedFd>)> {
+        match self.request_with_fds(Op::Restore(spec.restore), &spec.fds)? {
+            (Reply::Restored(restored), spares) => Ok((restored, spares)),
+            (other, _) => Err(refused(other)),
+        }
+    }
+
+    /// Snapshots a machine without disks into `folder`; it goes on.
+    pub fn snapshot(&mut self, folder: &Path, keep: u32) -> io::Result<v1::Snapshotted> {
+        let new = |name| File::create_new(folder.join(name)).map(OwnedFd::from);
+        let snapshot = v1::Snapshot {
+            state_fd: 0,
+            memory_fd: 1,
+            keep_memory_layers: keep,
+            disks: Vec::new(),
+            leave_paused: false,
+        };
+        let fds = [new("snapshot")?, new("memory")?];
+        match self.request(Op::Snapshot(snapshot), &fds)? {
+            Reply::Snapshotted(snapshotted) => Ok(snapshotted),
+            other => Err(refused(other)),
         }
     }
 
@@ -236,9 +293,6 @@ impl BootSpec {
     pub fn new(vcpu_count: u32, memory_mib: u32, kernel: &[u8]) -> io::Result<Self> {
         let mut file = File::from(memfd_create("kernel", MemfdFlags::CLOEXEC)?);
         file.write_all(kernel)?;
-        let memory = memfd_create("memory", MemfdFlags::CLOEXEC)?;
-        ftruncate(&memory, u64::from(memory_mib) << 20)?;
-        let kvm = File::options().read(true).write(true).open("/dev/kvm")?;
         Ok(Self {
             boot: v1::Boot {
                 machine: Some(v1::MachineConfig {
@@ -247,12 +301,12 @@ impl BootSpec {
                     ..Default::default()
                 }),
                 kvm_fd: 0,
-                memory_fd: 1,
-                kernel_fd: 2,
+                kernel_fd: 1,
                 console_fd: None,
                 control_listener_fd: None,
+                pagemap_fd: None,
             },
-            fds: vec![kvm.into(), memory, file.into()],
+            fds: vec![kvm()?, file.into()],
         })
     }
 
@@ -262,12 +316,73 @@ impl BootSpec {
         (self.fds.len() - 1) as u32
     }
 
+    /// Lets the monitor find the memory that its guest writes.
+    pub fn with_pagemap(mut self, monitor: &Monitor) -> io::Result<Self> {
+        let pagemap = monitor.pagemap()?;
+        self.boot.pagemap_fd = Some(self.add_fd(pagemap));
+        Ok(self)
+    }
+
     /// Gives the guest's console a pipe and returns its reading end.
     pub fn with_console(mut self) -> io::Result<(Self, io::PipeReader)> {
         let (reader, writer) = io::pipe()?;
         self.boot.console_fd = Some(self.add_fd(writer));
         Ok((self, reader))
     }
+}
+
+// === impl RestoreSpec ===
+
+impl RestoreSpec {
+    /// The snapshot of a machine without disks or vsock, in the last of the
+    /// folders that it builds on. Without `kvm` there must be a shell.
+    pub fn new(folders: &[&Path], kvm: Option<OwnedFd>) -> io::Result<Self> {
+        let own = folders.last().ok_or(io::ErrorKind::InvalidInput)?;
+        let mut spec = Self {
+            restore: v1::Restore::default(),
+            fds: Vec::new(),
+        };
+        spec.restore.state_fd = spec.add_fd(File::open(own.join("snapshot"))?);
+        for folder in folders {
+            let memory = spec.add_fd(File::open(folder.join("memory"))?);
+            spec.restore.memory_fds.push(memory);
+        }
+        spec.restore.kvm_fd = kvm.map(|kvm| spec.add_fd(kvm));
+        Ok(spec)
+    }
+
+    /// Adds a descriptor and returns its index.
+    pub fn add_fd(&mut self, fd: impl Into<OwnedFd>) -> u32 {
+        self.fds.push(fd.into());
+        (self.fds.len() - 1) as u32
+    }
+
+    /// Lets the monitor find the memory that its guest writes.
+    pub fn with_pagemap(mut self, monitor: &Monitor) -> io::Result<Self> {
+        let pagemap = monitor.pagemap()?;
+        self.restore.pagemap_fd = Some(self.add_fd(pagemap));
+        Ok(self)
+    }
+
+    /// Gives the guest's console a pipe and returns its reading end.
+    pub fn with_console(mut self) -> io::Result<(Self, io::PipeReader)> {
+        let (reader, writer) = io::pipe()?;
+        self.restore.console_fd = Some(self.add_fd(writer));
+        Ok((self, reader))
+    }
+}
+
+fn refused(reply: Reply) -> io::Error {
+    match reply {
+        Reply::Error(error) => io::Error::other(error.message),
+        other => io::Error::other(format!("{other:?}")),
+    }
+}
+
+/// `/dev/kvm`.
+pub fn kvm() -> io::Result<OwnedFd> {
+    let kvm = File::options().read(true).write(true).open("/dev/kvm")?;
+    Ok(kvm.into())
 }
 
 /// An ELF executable of one segment, loaded and entered at `address`.

@@ -11,14 +11,15 @@ mod process;
 mod program;
 mod session;
 
+use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use soulbox_proto::guest::v1::process_service_server::ProcessService;
 use soulbox_proto::guest::v1::{ExecRequest, ExecResponse, exec_request};
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 use tokio_stream::wrappers::ReceiverStream;
-use tonic::{Request, Response, Status, Streaming};
+use tonic::{Code, Request, Response, Status, Streaming};
 
 pub(crate) use self::cgroup::Cgroups;
 use self::process::Process;
@@ -26,7 +27,7 @@ pub(crate) use self::process::StartError;
 use self::session::Session;
 use crate::reaper::Reaper;
 use crate::spec::{Spec, Violations};
-use crate::status::internal;
+use crate::status::{internal, refused};
 
 /// How many messages wait for a caller who reads slowly: with chunks of 64 KiB,
 /// a quarter of a megabyte for each running program.
@@ -38,6 +39,22 @@ pub(crate) struct Processes {
     reaper: Reaper,
     cgroups: Option<Arc<Cgroups>>,
     running: Arc<AtomicU32>,
+    suspended: watch::Sender<bool>,
+    /// Told when the guest is to stop.
+    stop: watch::Receiver<bool>,
+}
+
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum SuspendError {
+    #[error("programs have no cgroups here to stop them by: mount cgroup2 on /sys/fs/cgroup")]
+    NoCgroups,
+    #[error("programs could not be stopped")]
+    Freeze(#[source] io::Error),
+    #[error(
+        "a program did not stop in time, and all go on: one waits for a device, or for a \
+         filesystem that another program serves; end it, or try again"
+    )]
+    TimedOut,
 }
 
 /// Counts a program as running while it lives.
@@ -47,11 +64,61 @@ struct Running(Arc<AtomicU32>);
 
 impl Processes {
     /// Without `cgroups`, a kill reaches a program's process group only.
-    pub(crate) fn new(reaper: Reaper, cgroups: Option<Cgroups>) -> Self {
+    pub(crate) fn new(
+        reaper: Reaper,
+        cgroups: Option<Cgroups>,
+        stop: watch::Receiver<bool>,
+    ) -> Self {
         Self {
             reaper,
             cgroups: cgroups.map(Arc::new),
             running: Arc::default(),
+            suspended: watch::Sender::new(false),
+            stop,
+        }
+    }
+
+    /// Stops every program, and starts none, until [`Self::resume`]. When it fails,
+    /// they are as they were, but that those of an earlier call go on.
+    pub(crate) async fn suspend(&self) -> Result<(), SuspendError> {
+        let cgroups = self.cgroups.as_ref().ok_or(SuspendError::NoCgroups)?;
+        // First, so that no thread is left waiting for a child that cannot run. A
+        // start that is under way meanwhile has its child stopped with the others.
+        self.suspended.send_replace(true);
+        cgroups.freeze().await.map_err(|error| {
+            // Where this fails, too, they wait for the next Configure.
+            let _ = self.resume();
+            match error.kind() {
+                io::ErrorKind::TimedOut => SuspendError::TimedOut,
+                _ => SuspendError::Freeze(error),
+            }
+        })
+    }
+
+    /// Lets programs go on. Does nothing where they run.
+    pub(crate) fn resume(&self) -> io::Result<()> {
+        if let Some(cgroups) = self.cgroups.as_ref().filter(|_| self.is_suspended()) {
+            cgroups.thaw()?;
+            self.suspended.send_replace(false);
+        }
+        Ok(())
+    }
+
+    pub(crate) fn is_suspended(&self) -> bool {
+        *self.suspended.borrow()
+    }
+
+    /// Waits until programs may be started.
+    async fn may_start(&self) -> Result<(), Status> {
+        let (mut suspended, mut stop) = (self.suspended.subscribe(), self.stop.clone());
+        let stopping = "the guest is turning off: run it in another";
+        tokio::select! {
+            biased;
+            // `self` has the sender.
+            _ = suspended.wait_for(|suspended| !suspended) => Ok(()),
+            _ = stop.wait_for(|stop| *stop) => {
+                Err(refused(Code::Unavailable, "STOPPING", stopping))
+            }
         }
     }
 
@@ -78,6 +145,7 @@ impl ProcessService for Processes {
         };
         let spec = Spec::try_from(spec)?;
         let timeout = spec.timeout;
+        self.may_start().await?;
 
         // On a thread of its own: while the program is opened the caller waits,
         // and a filesystem that a stuck program serves may make that long. If the
@@ -111,5 +179,31 @@ impl Running {
 impl Drop for Running {
     fn drop(&mut self) {
         self.0.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn without_cgroups_nothing_can_be_stopped() {
+        let (_stop, stopped) = watch::channel(false);
+        let processes = Processes::new(Reaper::default(), None, stopped);
+        let refused = processes.suspend().await;
+        assert!(matches!(refused, Err(SuspendError::NoCgroups)));
+        assert!(!processes.is_suspended());
+        processes.resume().unwrap();
+        processes.may_start().await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_start_that_waits_is_refused_when_the_guest_stops() {
+        let (stop, stopped) = watch::channel(false);
+        let processes = Processes::new(Reaper::default(), None, stopped);
+        processes.suspended.send_replace(true);
+        stop.send_replace(true);
+        let refused = processes.may_start().await.unwrap_err();
+        assert_eq!(refused.code(), Code::Unavailable);
     }
 }

@@ -15,6 +15,8 @@ use std::io;
 use rustix::process::{Resource, Rlimit, setrlimit};
 use rustix::system::sethostname;
 
+use crate::system::{FILES, lay_over};
+
 /// A distribution's usual limits of open files: programs start with the soft one
 /// and may raise it to the hard one.
 const OPEN_FILES_SOFT: u64 = 65_536;
@@ -34,6 +36,9 @@ pub(crate) fn set_up() {
     attempt("/tmp", mounts::make_sticky("/tmp"));
     attempt("/run/lock", mounts::make_sticky("/run/lock"));
     attempt("growing /", resize::grow_root());
+    for path in FILES {
+        attempt(path, lay_over(path));
+    }
     attempt("lo", crate::sys::net::loopback_up());
     let limit = setrlimit(
         Resource::Nofile,

@@ -5,5 +5,6 @@
 pub(crate) mod disk;
 pub(crate) mod net;
 pub(crate) mod process;
+pub(crate) mod random;
 pub(crate) mod spawn;
 pub(crate) mod wait;

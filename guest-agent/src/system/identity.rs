@@ -1,20 +1,30 @@
-//! What makes a guest this one and no other: its name, its machine-id, its clock.
+//! What makes a guest this one and no other: its random numbers, its name, its
+//! machine-id and boot id, its clock.
+//!
+//! The agent itself has nothing that would have to change with them: what `std`
+//! seeds its hash maps with, and tokio the order in which it polls, are no secrets
+//! and no names, and everything else that it draws comes from the kernel anew.
 
-use std::fs;
+use std::fs::{self, File};
 use std::io;
 
+use bytes::Bytes;
 use rustix::system::sethostname;
 use rustix::time::{ClockId, Timespec, clock_settime};
 use soulbox_proto::guest::v1::ConfigureRequest;
 use tonic_types::FieldViolation;
 
+use super::overlay::{self, lay_over};
 use crate::spec::Violations;
+use crate::sys::random::{MAX_ENTROPY_BYTES, add_entropy, reseed};
 
 /// A checked [`ConfigureRequest`].
 #[derive(Debug)]
 pub(crate) struct Identity {
-    /// None: the guest keeps its name.
+    entropy: Bytes,
+    /// None: the guest keeps its name, even where the rest of it is new.
     hostname: Option<String>,
+    is_new: bool,
     clock: Option<Timespec>,
 }
 
@@ -22,8 +32,15 @@ pub(crate) struct Identity {
 #[error("the guest could not be given its {what}")]
 pub(crate) struct AssumeError {
     what: &'static str,
-    pub(crate) source: io::Error,
+    source: io::Error,
 }
+
+/// The files of /etc that are in memory; see [`overlay`].
+pub(crate) const FILES: [&str; 3] = [HOSTNAME, HOSTS, MACHINE_ID];
+const HOSTNAME: &str = "/etc/hostname";
+const HOSTS: &str = "/etc/hosts";
+const MACHINE_ID: &str = "/etc/machine-id";
+const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
 
 /// HOST_NAME_MAX of Linux.
 const MAX_HOSTNAME_BYTES: usize = 64;
@@ -37,6 +54,10 @@ impl TryFrom<ConfigureRequest> for Identity {
 
     fn try_from(request: ConfigureRequest) -> Result<Self, Violations> {
         let mut violations = Vec::new();
+        if request.entropy.len() > MAX_ENTROPY_BYTES {
+            let problem = format!("must have at most {MAX_ENTROPY_BYTES} bytes");
+            violations.push(FieldViolation::new("entropy", problem));
+        }
         let hostname = Some(request.hostname).filter(|name| !name.is_empty());
         if hostname.as_ref().is_some_and(|name| !is_hostname(name)) {
             let problem = "must be letters, digits, \"-\" and \".\", at most 64, and begin and end \
@@ -55,7 +76,12 @@ impl TryFrom<ConfigureRequest> for Identity {
             }
         });
         if violations.is_empty() {
-            Ok(Self { hostname, clock })
+            Ok(Self {
+                entropy: request.entropy,
+                hostname,
+                is_new: request.new_identity,
+                clock,
+            })
         } else {
             Err(Violations(violations))
         }
@@ -63,28 +89,68 @@ impl TryFrom<ConfigureRequest> for Identity {
 }
 
 impl Identity {
-    /// Makes the guest be this. The clock last: the files should not delay it.
-    pub(crate) fn assume(&self) -> Result<(), AssumeError> {
+    /// Makes the guest be this; the `first` time with ids of its own in any case,
+    /// since the template has none. Entropy before them, because they are made of
+    /// it; the clock last: the files should not delay it. Can be repeated, also
+    /// after it has failed half-way.
+    pub(crate) fn assume(&self, first: bool) -> Result<(), AssumeError> {
         let error = |what| move |source| AssumeError { what, source };
-        if let Some(hostname) = &self.hostname {
-            sethostname(hostname.as_bytes())
-                .map_err(io::Error::from)
-                .map_err(error("hostname"))?;
-            fs::write("/etc/hostname", format!("{hostname}\n")).map_err(error("/etc/hostname"))?;
-            let hosts = fs::read_to_string("/etc/hosts").unwrap_or_default();
-            fs::write("/etc/hosts", with_own_name(&hosts, hostname))
-                .map_err(error("/etc/hosts"))?;
+        if !self.entropy.is_empty() {
+            seed(&self.entropy).map_err(error("entropy"))?;
         }
-        // The kernel's random UUID, without its dashes, is what machine-id(5) wants.
-        let uuid =
-            fs::read_to_string("/proc/sys/kernel/random/uuid").map_err(error("machine-id"))?;
-        fs::write("/etc/machine-id", uuid.replace('-', "")).map_err(error("machine-id"))?;
+        if let Some(hostname) = &self.hostname {
+            take_name(hostname).map_err(error("hostname"))?;
+        }
+        if self.is_new || first {
+            take_machine_id().map_err(error("machine-id"))?;
+            take_boot_id().map_err(error("boot id"))?;
+        }
         if let Some(clock) = self.clock {
             let set = clock_settime(ClockId::Realtime, clock);
             set.map_err(io::Error::from).map_err(error("clock"))?;
         }
         Ok(())
     }
+}
+
+fn seed(entropy: &[u8]) -> io::Result<()> {
+    let random = File::open("/dev/urandom")?;
+    add_entropy(&random, entropy)?;
+    reseed(&random)
+}
+
+fn take_name(hostname: &str) -> io::Result<()> {
+    sethostname(hostname.as_bytes())?;
+    overlay::write(HOSTNAME, format!("{hostname}\n").as_bytes())?;
+    let hosts = match fs::read(HOSTS) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Vec::new(),
+        hosts => hosts?,
+    };
+    overlay::write(HOSTS, &with_own_name(&hosts, hostname))
+}
+
+/// A random UUID without its dashes is what machine-id(5) wants.
+fn take_machine_id() -> io::Result<()> {
+    overlay::write(MACHINE_ID, fresh_uuid()?.replace('-', "").as_bytes())
+}
+
+/// The kernel makes its own when it is first read and never another. Its file
+/// cannot be written, even by root; so when this one cannot be, nothing has been
+/// laid over it yet, or somebody has taken that away.
+fn take_boot_id() -> io::Result<()> {
+    let id = fresh_uuid()?;
+    match overlay::write(BOOT_ID, id.as_bytes()) {
+        Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
+            lay_over(BOOT_ID)?;
+            overlay::write(BOOT_ID, id.as_bytes())
+        }
+        written => written,
+    }
+}
+
+/// Of the kernel's generator, with a newline.
+fn fresh_uuid() -> io::Result<String> {
+    fs::read_to_string("/proc/sys/kernel/random/uuid")
 }
 
 // RFC 1123, with the kernel's length.
@@ -97,14 +163,24 @@ fn is_hostname(name: &str) -> bool {
     name.len() <= MAX_HOSTNAME_BYTES && name.split('.').all(is_label)
 }
 
-/// The hosts file with one line for our own name, whatever it was before.
-fn with_own_name(hosts: &str, hostname: &str) -> String {
-    let others = hosts
-        .lines()
-        .filter(|line| line.split_whitespace().next() != Some(OWN_ADDRESS));
-    let mut lines: Vec<_> = others.map(str::to_owned).collect();
-    lines.push(format!("{OWN_ADDRESS} {hostname}\n"));
-    lines.join("\n")
+/// The hosts file with one line for our own name, whatever it was before. Bytes:
+/// what else is in it is somebody's, and need not be UTF-8.
+fn with_own_name(hosts: &[u8], hostname: &str) -> Vec<u8> {
+    let is_own = |line: &&[u8]| {
+        let mut words = line.split(u8::is_ascii_whitespace);
+        words.find(|word| !word.is_empty()) == Some(OWN_ADDRESS.as_bytes())
+    };
+    let own = format!("{OWN_ADDRESS} {hostname}\n");
+    let mut named = Vec::with_capacity(hosts.len() + own.len() + 1);
+    let lines = hosts.split_inclusive(|byte| *byte == b'\n');
+    for line in lines.filter(|line| !is_own(line)) {
+        named.extend_from_slice(line);
+    }
+    if named.last().is_some_and(|byte| *byte != b'\n') {
+        named.push(b'\n');
+    }
+    named.extend_from_slice(own.as_bytes());
+    named
 }
 
 #[cfg(test)]
@@ -113,17 +189,42 @@ mod tests {
 
     use super::*;
 
-    #[test]
-    fn a_new_name_replaces_the_old_one() {
-        let first = with_own_name("127.0.0.1 localhost\n::1 localhost\n", "one");
-        assert_eq!(first, "127.0.0.1 localhost\n::1 localhost\n127.0.1.1 one\n");
-        assert_eq!(with_own_name(&first, "two"), first.replace("one", "two"));
-        assert_eq!(with_own_name("", "one"), "127.0.1.1 one\n");
+    fn is_taken(request: ConfigureRequest) -> bool {
+        Identity::try_from(request).is_ok()
     }
 
     #[test]
-    fn refuses_what_is_no_name_or_no_time() {
+    fn a_new_name_replaces_the_old_one() {
+        let named = |hosts: &[u8], hostname| with_own_name(hosts, hostname);
+        let first = named(b"127.0.0.1 localhost\n::1 localhost\n", "one");
+        assert_eq!(
+            first,
+            b"127.0.0.1 localhost\n::1 localhost\n127.0.1.1 one\n"
+        );
+        assert_eq!(named(&first, "one"), first);
+        assert_eq!(
+            named(&first, "two"),
+            b"127.0.0.1 localhost\n::1 localhost\n127.0.1.1 two\n"
+        );
+        assert_eq!(named(b"", "one"), b"127.0.1.1 one\n");
+    }
+
+    #[test]
+    fn other_lines_of_the_hosts_file_stay_as_they_are() {
+        let hosts = b"# \xff\n\n\t127.0.1.1\tme # old\n127.0.1.10 x\r\n10.0.0.1 last";
+        assert_eq!(
+            with_own_name(hosts, "one"),
+            b"# \xff\n\n127.0.1.10 x\r\n10.0.0.1 last\n127.0.1.1 one\n"
+        );
+    }
+
+    #[test]
+    fn refuses_what_is_no_name_no_time_or_too_much() {
         let long = "a".repeat(65);
+        let named = |name: &str| ConfigureRequest {
+            hostname: name.to_owned(),
+            ..ConfigureRequest::default()
+        };
         for name in [
             "-a",
             "a-",
@@ -134,26 +235,25 @@ mod tests {
             "ä",
             long.as_str(),
         ] {
-            let request = ConfigureRequest {
-                hostname: name.to_owned(),
-                wall_clock: None,
-            };
-            assert!(Identity::try_from(request).is_err(), "{name:?}");
+            assert!(!is_taken(named(name)), "{name:?}");
+        }
+        for name in ["", "a", "sb-1.example", "0"] {
+            assert!(is_taken(named(name)), "{name:?}");
         }
         for (seconds, nanos) in [(-1, 0), (0, -1), (0, 1_000_000_000)] {
             let wall_clock = Some(Timestamp { seconds, nanos });
             let request = ConfigureRequest {
-                hostname: "a".to_owned(),
                 wall_clock,
+                ..named("a")
             };
-            assert!(Identity::try_from(request).is_err(), "{seconds} {nanos}");
+            assert!(!is_taken(request), "{seconds} {nanos}");
         }
-        for name in ["", "a", "sb-1.example", "0"] {
+        for (length, taken) in [(0, true), (512, true), (513, false)] {
             let request = ConfigureRequest {
-                hostname: name.to_owned(),
-                wall_clock: None,
+                entropy: vec![0; length].into(),
+                ..ConfigureRequest::default()
             };
-            assert!(Identity::try_from(request).is_ok(), "{name:?}");
+            assert_eq!(is_taken(request), taken, "{length}");
         }
     }
 }

@@ -2,20 +2,26 @@
 
 mod health;
 mod identity;
+mod overlay;
 mod shutdown;
+
+use std::error::Error;
+use std::sync::Arc;
 
 use soulbox_proto::guest::v1::system_service_server::SystemService;
 use soulbox_proto::guest::v1::{
     ConfigureRequest, ConfigureResponse, HealthRequest, HealthResponse, ShutdownRequest,
-    ShutdownResponse,
+    ShutdownResponse, SuspendRequest, SuspendResponse,
 };
-use tokio::sync::watch;
+use tokio::sync::{Mutex, watch};
 use tonic::{Code, Request, Response, Status};
 
 pub(crate) use self::health::boot_time_us;
+pub(crate) use self::identity::FILES;
 use self::identity::Identity;
+pub(crate) use self::overlay::lay_over;
 pub(crate) use self::shutdown::{power_off, stop_programs};
-use crate::exec::Processes;
+use crate::exec::{Processes, SuspendError};
 use crate::status::refused;
 
 /// Serves SystemService. Clones share everything.
@@ -24,9 +30,12 @@ pub(crate) struct System {
     processes: Processes,
     /// Told when the guest is to stop.
     stop: watch::Sender<bool>,
-    /// Only PID 1 of a guest names it and turns it off; elsewhere that would be
-    /// the machine of whoever runs the tests.
+    /// Only PID 1 of a guest names it, stops it and turns it off; elsewhere that
+    /// would be the machine of whoever runs the tests.
     is_init: bool,
+    /// Whether Configure has been done. Suspend and Configure hold it while they
+    /// work: what one of them leaves must not depend on when the other came.
+    configured: Arc<Mutex<bool>>,
 }
 
 // === impl System ===
@@ -37,6 +46,7 @@ impl System {
             processes,
             stop,
             is_init,
+            configured: Arc::default(),
         }
     }
 
@@ -57,11 +67,31 @@ impl SystemService for System {
     ) -> Result<Response<ConfigureResponse>, Status> {
         let identity = Identity::try_from(request.into_inner())?;
         self.must_be_init()?;
-        identity.assume().map_err(|error| {
-            let message = format!("{error}: {}", error.source);
-            refused(Code::Internal, "NOT_CONFIGURED", message)
-        })?;
+        let mut configured = self.configured.lock().await;
+        let failed = |message| refused(Code::Internal, "NOT_CONFIGURED", message);
+        let assumed = identity.assume(!*configured);
+        assumed.map_err(|error| failed(told(&error)))?;
+        *configured = true;
+        // Not before everything else has been done.
+        let resumed = self.processes.resume();
+        resumed.map_err(|error| failed(format!("programs could not be let go on: {error}")))?;
         Ok(Response::new(ConfigureResponse {}))
+    }
+
+    async fn suspend(
+        &self,
+        _: Request<SuspendRequest>,
+    ) -> Result<Response<SuspendResponse>, Status> {
+        self.must_be_init()?;
+        let _turn = self.configured.lock().await;
+        self.processes.suspend().await.map_err(|error| {
+            let code = match error {
+                SuspendError::NoCgroups | SuspendError::TimedOut => Code::FailedPrecondition,
+                SuspendError::Freeze(_) => Code::Internal,
+            };
+            refused(code, "NOT_SUSPENDED", told(&error))
+        })?;
+        Ok(Response::new(SuspendResponse {}))
     }
 
     async fn health(&self, _: Request<HealthRequest>) -> Result<Response<HealthResponse>, Status> {
@@ -77,5 +107,13 @@ impl SystemService for System {
         self.must_be_init()?;
         self.stop.send_replace(true);
         Ok(Response::new(ShutdownResponse {}))
+    }
+}
+
+/// An error with its cause, for a message.
+fn told(error: &dyn Error) -> String {
+    match error.source() {
+        Some(source) => format!("{error}: {source}"),
+        None => error.to_string(),
     }
 }

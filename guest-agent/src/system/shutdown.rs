@@ -16,10 +16,14 @@ const GRACE: Duration = Duration::from_secs(2);
 const KILL_WAIT: Duration = Duration::from_secs(1);
 const POLL: Duration = Duration::from_millis(5);
 
-/// Ends every program: SIGTERM, and SIGKILL for those that stay.
-pub(crate) async fn stop_programs() {
-    kill_all(libc::SIGTERM);
-    if !all_gone(GRACE).await {
+/// Ends every program: SIGTERM, and SIGKILL for those that stay. Programs that are
+/// suspended hear only the latter, and run on for nobody's sake: in a clone they
+/// would take themselves for another's.
+pub(crate) async fn stop_programs(suspended: bool) {
+    if !suspended {
+        kill_all(libc::SIGTERM);
+    }
+    if suspended || !all_gone(GRACE).await {
         kill_all(libc::SIGKILL);
         all_gone(KILL_WAIT).await;
     }

@@ -123,8 +123,7 @@ impl Guest {
         let agent = command.spawn().unwrap();
         // The file is there before anyone listens on it.
         until(|| std::os::unix::net::UnixStream::connect(&socket).is_ok()).await;
-        let endpoint = Endpoint::from_shared(format!("unix://{}", socket.display())).unwrap();
-        let channel = endpoint.connect().await.unwrap();
+        let channel = dial(&socket).await;
         Self {
             agent,
             folder,
@@ -168,6 +167,20 @@ impl Guest {
             .flatten()
             .filter(|entry| entry.as_ref().unwrap().path().is_dir())
             .count()
+    }
+
+    /// A line of `cgroup.events` of the folder of programs' cgroups.
+    pub fn cgroup_event(&self, name: &str) -> Option<bool> {
+        let events = self.cgroup.as_ref()?.join("cgroup.events");
+        let events = std::fs::read_to_string(events).ok()?;
+        let mut words = events.lines().filter_map(|line| line.split_once(' '));
+        let (_, value) = words.find(|(word, _)| *word == name)?;
+        Some(value == "1")
+    }
+
+    /// Another connection to the agent.
+    pub async fn connection(&self) -> Channel {
+        dial(&self.folder.path().join("socket")).await
     }
 
     pub fn system(&self) -> SystemServiceClient<Channel> {
@@ -413,6 +426,11 @@ pub fn peak_resident_kib(pid: u32) -> u64 {
         .find_map(|line| line.strip_prefix("VmHWM:"))
         .unwrap();
     line.trim().trim_end_matches(" kB").parse().unwrap()
+}
+
+async fn dial(socket: &Path) -> Channel {
+    let endpoint = Endpoint::from_shared(format!("unix://{}", socket.display())).unwrap();
+    endpoint.connect().await.unwrap()
 }
 
 fn cgroup2() -> Option<PathBuf> {

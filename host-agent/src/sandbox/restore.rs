@@ -37,6 +37,9 @@ pub(super) struct RestoreFiles {
     state: File,
     memory: Vec<File>,
     disk: Vec<File>,
+    /// That of the root: what is written first is much the same in all that
+    /// build on it.
+    working_set: Option<File>,
 }
 
 // === impl Pool ===
@@ -96,9 +99,12 @@ impl Pool {
             let opened: Result<File, LayerError> = self.snapshots.files(id).open_disk();
             opened.map_err(|error| failed(id, error))
         });
+        let root = plan.chains.memory.first();
+        let working_set = root.and_then(|id| self.snapshots.files(id).open_working_set());
         Ok(RestoreFiles {
             state,
             memory,
+            working_set,
             disk: disk.collect::<Result<_, _>>()?,
         })
     }
@@ -241,6 +247,7 @@ fn restore_request<'fd>(
         console_fd: None,
         control_listener_fd: Some(attach(files.control_listener.as_fd())),
         pagemap_fd: launched.pagemap.as_ref().map(|fd| attach(fd.as_fd())),
+        working_set_fd: layers.working_set.as_ref().map(|fd| attach(fd.as_fd())),
     };
     (restore, fds)
 }

@@ -2,6 +2,7 @@
 //! and made again when anything that went into it has changed.
 
 use std::fmt::Write as _;
+use std::os::fd::AsFd as _;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -13,10 +14,13 @@ use super::actor::Actor;
 use super::create::Origin;
 use super::error::{CreateError, SaveError, StartError};
 use super::pool::Pool;
+use super::restore::Plan;
 use super::save::SaveSpec;
 use super::spec::CreateSpec;
 use super::start::KERNEL_CMDLINE;
+use crate::guest::Identity;
 use crate::id::{SandboxId, SnapshotId};
+use crate::monitor::RequestError;
 use crate::record::{Resources, SnapshotKind, SnapshotRecord, Transition};
 use crate::store::Change;
 use crate::template::Manifest;
@@ -48,6 +52,10 @@ enum WarmError {
         path: std::path::PathBuf,
         source: std::io::Error,
     },
+    #[error("{0}")]
+    Request(#[from] RequestError),
+    #[error("its file cannot be written ({0})")]
+    WorkingSet(std::io::Error),
     #[error("soulboxd is stopping")]
     Stopping,
 }
@@ -124,9 +132,40 @@ impl Pool {
         let made = self.leaving.run_until_cancelled(made).await;
         actor.remove_unlisted().await;
         let snapshot = made.unwrap_or(Err(WarmError::Stopping))?;
+        if let Err(error) = self.record_working_set(&snapshot).await {
+            tracing::warn!(template = name, %error, "what its sandboxes write first is not known; they start slower");
+        }
         tracing::info!(template = name, snapshot = %snapshot.id, "its sandboxes start from a snapshot now");
         self.collect().await;
         Ok(())
+    }
+
+    /// Restores a machine that nobody sees, and notes what it has written when it
+    /// has run its first program.
+    async fn record_working_set(
+        self: &Arc<Self>,
+        snapshot: &SnapshotRecord,
+    ) -> Result<(), WarmError> {
+        let (snapshot, hold) = self
+            .snapshots
+            .take(&snapshot.id)
+            .ok_or(WarmError::Stopping)?;
+        let plan = self.plan(&snapshot, hold).map_err(StartError::from)?;
+        let reservation = self
+            .admission
+            .reserve(snapshot.resources)
+            .map_err(CreateError::from)?;
+        let id = SandboxId::random().map_err(CreateError::Random)?;
+        let base = (snapshot.template.clone(), snapshot.base.clone());
+        let origin = Origin::Restore(Box::new(plan.clone()));
+        let record = self.new_record(id.clone(), snapshot.resources, base, &origin);
+        let mut actor = Actor::new(self, record);
+        actor.is_listed = false;
+        actor.reservation = Some(reservation);
+        let recorded = actor.restore_and_record(&plan, &id);
+        let recorded = self.leaving.run_until_cancelled(recorded).await;
+        actor.remove_unlisted().await;
+        recorded.unwrap_or(Err(WarmError::Stopping))
     }
 
     /// A digest of all that goes into a template's own snapshot.
@@ -235,6 +274,26 @@ impl Actor {
             ..SaveSpec::new(SnapshotKind::Template)
         };
         Ok(self.save(spec, Stopwatch::start()).await?.snapshot)
+    }
+
+    async fn restore_and_record(&mut self, plan: &Plan, id: &SandboxId) -> Result<(), WarmError> {
+        let mut watch = Stopwatch::start();
+        self.record = self
+            .record
+            .apply(Transition::Start)
+            .map_err(StartError::from)?;
+        let identity = Identity::New(id.as_str());
+        if let Err(error) = self.restore(plan, identity, &mut watch).await {
+            return Err(self.explain(error).await.into());
+        }
+        let Some(machine) = &self.machine else {
+            return Err(WarmError::Stopping);
+        };
+        let files = self.pool.snapshots.files(&plan.snapshot);
+        let file = files.new_working_set().map_err(WarmError::WorkingSet)?;
+        let record = request::Op::RecordWorkingSet(proto::RecordWorkingSet { file_fd: 0 });
+        machine.control.request(record, &[file.as_fd()]).await?;
+        files.keep_working_set().map_err(WarmError::WorkingSet)
     }
 
     /// A template need not have every program.

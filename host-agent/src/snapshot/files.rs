@@ -14,6 +14,8 @@ const MEMORY: &str = "memory";
 const COLD_MEMORY: &str = "memory.zst";
 const DISK: &str = "disk.0";
 const MANIFEST: &str = "manifest.json";
+const WORKING_SET: &str = "working_set";
+const NEW_WORKING_SET: &str = ".working_set.tmp";
 
 #[derive(Debug, Clone)]
 pub struct SnapshotFiles {
@@ -140,7 +142,7 @@ impl SnapshotFiles {
             &self.folder
         };
         // The manifest first: without it the folder is no snapshot.
-        for name in [MANIFEST, STATE, MEMORY, COLD_MEMORY] {
+        for name in [MANIFEST, STATE, MEMORY, COLD_MEMORY, WORKING_SET] {
             absent_is_fine(fs::remove_file(folder.join(name)))?;
         }
         let disk_bytes = allocated(&folder.join(DISK));
@@ -169,6 +171,29 @@ impl SnapshotFiles {
 
     pub fn open_state(&self) -> Result<File, LayerError> {
         self.open(STATE)
+    }
+
+    /// What its machines write first, where that has been recorded.
+    pub fn open_working_set(&self) -> Option<File> {
+        File::open(self.folder.join(WORKING_SET)).ok()
+    }
+
+    /// An empty file to record that into; [`Self::keep_working_set`] gives it its
+    /// name.
+    pub fn new_working_set(&self) -> io::Result<File> {
+        let path = self.folder.join(NEW_WORKING_SET);
+        absent_is_fine(fs::remove_file(&path))?;
+        OpenOptions::new()
+            .write(true)
+            .create_new(true)
+            .mode(0o600)
+            .open(path)
+    }
+
+    /// It need not be durable: one that is torn is left out of restores.
+    pub fn keep_working_set(&self) -> io::Result<()> {
+        let new = self.folder.join(NEW_WORKING_SET);
+        fs::rename(new, self.folder.join(WORKING_SET))
     }
 
     pub fn open_disk(&self) -> Result<File, LayerError> {

@@ -11,6 +11,7 @@ use crate::support::{Daemon, Host};
 mod faults;
 mod lifecycle;
 mod programs;
+mod snapshots;
 
 type Test = (&'static str, fn() -> Result<()>);
 
@@ -77,20 +78,151 @@ pub(crate) const ALL: &[Test] = &[
         "what_cannot_be_adopted_is_cleaned_up",
         faults::what_cannot_be_adopted_is_cleaned_up,
     ),
+    (
+        "a_create_restores_the_template",
+        snapshots::a_create_restores_the_template,
+    ),
+    (
+        "clones_share_no_secret_and_no_name",
+        snapshots::clones_share_no_secret_and_no_name,
+    ),
+    (
+        "a_clone_that_runs_true_writes_little",
+        snapshots::a_clone_that_runs_true_writes_little,
+    ),
+    (
+        "a_pause_keeps_programs_files_and_time",
+        snapshots::a_pause_keeps_programs_files_and_time,
+    ),
+    (
+        "many_pauses_lose_nothing",
+        snapshots::many_pauses_lose_nothing,
+    ),
+    (
+        "a_paused_sandbox_survives_the_daemon",
+        snapshots::a_paused_sandbox_survives_the_daemon,
+    ),
+    (
+        "a_sandbox_is_rolled_back",
+        snapshots::a_sandbox_is_rolled_back,
+    ),
+    (
+        "a_snapshot_is_a_template",
+        snapshots::a_snapshot_is_a_template,
+    ),
+    (
+        "children_of_a_fork_are_on_their_own",
+        snapshots::children_of_a_fork_are_on_their_own,
+    ),
+    (
+        "memory_comes_back_to_the_host",
+        snapshots::memory_comes_back_to_the_host,
+    ),
+    (
+        "a_monitor_killed_while_paused_is_not_missed",
+        snapshots::a_monitor_killed_while_paused_is_not_missed,
+    ),
 ];
 
 /// Small sandboxes, and time enough where everything is emulated.
 const CONFIG: &str = "[capacity]\nvcpus = 64\n[defaults]\nmemory_mib = 256\n\
-    [timeouts]\nboot_ms = 120000\nclean_stop_ms = 20000\n\
-    [shells]\nminimum = 0\nmaximum = 0\n[templates]\nsnapshot = false\n";
+    [timeouts]\nboot_ms = 120000\nclean_stop_ms = 20000\n";
 
-/// A host of a test's own, with real templates.
+/// A host of a test's own, with real templates, on which sandboxes are booted.
 pub(crate) fn host(extra: &str) -> Host {
+    real_host(&format!(
+        "{CONFIG}[templates]\nsnapshot = false\n[shells]\nmaximum = 0\n{extra}"
+    ))
+}
+
+fn real_host(config: &str) -> Host {
     let (templates, monitor) = (template_dir(), monitor());
     Host::with_paths(
         &[("template_dir", &templates), ("monitor", &monitor)],
-        &format!("{CONFIG}{extra}"),
+        config,
     )
+}
+
+/// A host on which sandboxes are restored.
+pub(crate) struct Snapshotted {
+    pub(crate) host: Host,
+    daemon: Option<Daemon>,
+}
+
+// === impl Snapshotted ===
+
+impl Snapshotted {
+    /// Stops the daemon as a service manager would, and starts it again.
+    pub(crate) fn restart(&mut self) -> Result<()> {
+        if let Some(mut daemon) = self.daemon.take() {
+            daemon.terminate();
+        }
+        self.daemon = Some(self.host.start());
+        Ok(())
+    }
+
+    /// `soulbox snapshot create`; the snapshot's id.
+    pub(crate) fn snapshot(&self, id: &str, options: &[&str]) -> Result<String> {
+        let args = [&["snapshot", "create"], options, &[id]].concat();
+        Ok(succeed(self.host.soulbox(&args))?.trim().to_owned())
+    }
+
+    /// `soulbox fork`; the children's ids.
+    pub(crate) fn fork(&self, id: &str, count: usize) -> Result<Vec<String>> {
+        let count = count.to_string();
+        let output = succeed(self.host.soulbox(&["fork", "--count", &count, id]))?;
+        Ok(output.lines().map(str::to_owned).collect())
+    }
+
+    /// The folders of snapshots that no sandbox uses are gone, but those of the
+    /// templates.
+    pub(crate) fn nothing_but_template_snapshots(&self) -> Result<()> {
+        let folder = self.host.path("state/snapshots");
+        let count = || -> Result<usize> { Ok(std::fs::read_dir(&folder)?.count()) };
+        eventually("unused snapshots are collected", || Ok(count()? <= 1))
+    }
+
+    /// The processes that write to the sandbox's log.
+    pub(crate) fn monitors_of(&self, id: &str) -> Result<Vec<i32>> {
+        let mut found = Vec::new();
+        for entry in std::fs::read_dir("/proc")?.flatten() {
+            let Some(pid) = entry
+                .file_name()
+                .to_str()
+                .and_then(|name| name.parse().ok())
+            else {
+                continue;
+            };
+            let log = std::fs::read_link(entry.path().join("fd/1")).unwrap_or_default();
+            if log.to_string_lossy().contains(id) {
+                found.push(pid);
+            }
+        }
+        Ok(found)
+    }
+}
+
+/// Starts the host on first use and waits for the template's snapshot. Tests that
+/// use it run one at a time.
+pub(crate) fn snapshotted() -> impl std::ops::DerefMut<Target = Snapshotted> {
+    static SNAPSHOTTED: LazyLock<Mutex<Snapshotted>> = LazyLock::new(|| {
+        let host = real_host(CONFIG);
+        let daemon = Some(host.start());
+        let snapshotted = Snapshotted { host, daemon };
+        eventually("the template has its snapshot", || {
+            let listed = succeed(
+                snapshotted
+                    .host
+                    .soulbox(&["snapshot", "ls", "--output", "json"]),
+            )?;
+            Ok(listed.contains("\"sn-"))
+        })
+        .unwrap();
+        Mutex::new(snapshotted)
+    });
+    SNAPSHOTTED
+        .lock()
+        .unwrap_or_else(std::sync::PoisonError::into_inner)
 }
 
 /// Whether the host is an emulated machine.

@@ -604,7 +604,7 @@ async fn accept_clients(machine: Machine, listener: OwnedFd) {
 }
 
 async fn serve_control(machine: Machine, control: Arc<ControlSocket>) {
-    while let Some((id, op, fds)) = receive(&control).await {
+    while let Some((id, op, mut fds)) = receive(&control).await {
         let result = match op {
             request::Op::Shutdown(_) if &*machine.behaviour == "stubborn" => continue,
             request::Op::Shutdown(_) => {
@@ -621,6 +621,10 @@ async fn serve_control(machine: Machine, control: Arc<ControlSocket>) {
                 log!("balloon: {}", set.target_mib);
                 guest.balloon_mib = set.target_mib;
                 reply::Result::BalloonSet(proto::BalloonSet {})
+            }
+            request::Op::RecordWorkingSet(record) => {
+                fds.file(record.file_fd).write_all(b"working set").unwrap();
+                reply::Result::WorkingSetRecorded(proto::WorkingSetRecorded { bytes: 11 })
             }
             request::Op::GetMetrics(_) => machine.metrics(),
             request::Op::Boot(_) | request::Op::Prepare(_) | request::Op::Restore(_) => {

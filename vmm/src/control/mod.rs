@@ -123,6 +123,20 @@ impl ControlSocket {
         self.send_patiently(Message::Reply(reply), SEND_PATIENCE)
     }
 
+    /// Replies with descriptors.
+    pub fn reply_with_fds(
+        &self,
+        id: u64,
+        result: ReplyResult,
+        fds: &[BorrowedFd<'_>],
+    ) -> Result<(), SendError> {
+        let reply = v1::Reply {
+            id,
+            result: Some(result),
+        };
+        self.send(&encode(Message::Reply(reply)), fds)
+    }
+
     /// Refuses a request.
     pub fn refuse(
         &self,
@@ -172,7 +186,7 @@ impl ControlSocket {
     }
 
     fn send(&self, bytes: &[u8], fds: &[BorrowedFd<'_>]) -> Result<(), SendError> {
-        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_MESSAGE_FDS))];
         let mut ancillary = SendAncillaryBuffer::new(&mut space);
         if !fds.is_empty() {
             ancillary.push(SendAncillaryMessage::ScmRights(fds));

@@ -10,12 +10,12 @@ use acpi_tables::aml::{
     ResourceTemplate,
 };
 use acpi_tables::{Aml, AmlSink};
-use kvm_ioctls::VmFd;
 use rustix::rand::{GetRandomFlags, getrandom};
 use vm_memory::{Bytes, GuestMemoryError};
-use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+use vmm_sys_util::eventfd::EventFd;
 
-use super::{Counters, Device, Place};
+use super::{Chip, Counters, Device, Place};
+use crate::machine::Wire;
 use crate::machine::layout::VM_GENERATION_ID;
 use crate::memory::GuestMemory;
 
@@ -23,6 +23,7 @@ use crate::memory::GuestMemory;
 const CHANGED: u8 = 0x80;
 
 pub struct GenerationDevice {
+    memory: GuestMemory,
     changed: EventFd,
 }
 
@@ -32,35 +33,36 @@ pub enum GenerationError {
     Random(#[source] rustix::io::Errno),
     #[error("guest memory does not reach up to the generation id")]
     Memory(#[source] GuestMemoryError),
-    #[error("an eventfd could not be made")]
-    EventFd(#[source] std::io::Error),
 }
 
 // === impl GenerationDevice ===
 
 impl GenerationDevice {
+    pub fn new(memory: &GuestMemory, wire: Wire) -> Self {
+        Self {
+            memory: memory.clone(),
+            changed: wire.interrupt,
+        }
+    }
+
     /// Writes a fresh id into guest memory.
-    pub fn new(memory: &GuestMemory) -> Result<Self, GenerationError> {
+    pub fn renew(&self) -> Result<(), GenerationError> {
         let mut id = [0u8; 16];
         // 16 bytes are never cut short (getrandom(2)).
         getrandom(&mut id, GetRandomFlags::empty()).map_err(GenerationError::Random)?;
-        memory
+        self.memory
             .write_slice(&id, VM_GENERATION_ID)
-            .map_err(GenerationError::Memory)?;
-        Ok(Self {
-            changed: EventFd::new(EFD_NONBLOCK).map_err(GenerationError::EventFd)?,
-        })
+            .map_err(GenerationError::Memory)
+    }
+
+    /// Tells the guest that its id has changed.
+    pub fn ring(&self) {
+        // Fails only when the counter is full: then it rings already.
+        let _ = self.changed.write(1);
     }
 }
 
 impl Device for GenerationDevice {
-    fn connect(&mut self, vm: &VmFd, place: &Place) -> Result<(), kvm_ioctls::Error> {
-        match place.gsi {
-            Some(gsi) => vm.register_irqfd(&self.changed, gsi),
-            None => Ok(()),
-        }
-    }
-
     fn describe(&self, place: &Place, sink: &mut dyn AmlSink) {
         let gsi = place.gsi.unwrap_or_default();
         let (low, high) = (VM_GENERATION_ID.0 as u32, (VM_GENERATION_ID.0 >> 32) as u32);
@@ -95,6 +97,10 @@ impl Device for GenerationDevice {
             ],
         )
         .to_aml_bytes(sink);
+    }
+
+    fn chip(&mut self) -> Chip<'_> {
+        Chip::Generation(self)
     }
 
     fn counters(&self) -> Counters {

@@ -4,7 +4,9 @@
 use acpi_tables::aml::{Device as AmlDevice, IO, Name, ResourceTemplate};
 use acpi_tables::{Aml, AmlSink};
 
-use super::{Counters, Device, Place};
+use serde::{Deserialize, Serialize};
+
+use super::{Counters, Device, DeviceState, Place, StateError};
 use crate::events::{EventSender, MachineEvent};
 use crate::machine::layout;
 
@@ -14,6 +16,11 @@ const PANICKED: u8 = 1;
 pub struct PanicDevice {
     events: EventSender,
     panics: u64,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PanicState {
+    pub panics: u64,
 }
 
 // === impl PanicDevice ===
@@ -55,6 +62,20 @@ impl Device for PanicDevice {
                 self.events.send(MachineEvent::GuestPanic);
             }
         }
+    }
+
+    fn save(&self) -> DeviceState {
+        DeviceState::Panic(PanicState {
+            panics: self.panics,
+        })
+    }
+
+    fn restore(&mut self, state: DeviceState) -> Result<(), StateError> {
+        let DeviceState::Panic(state) = state else {
+            return Err(StateError::Kind);
+        };
+        self.panics = state.panics;
+        Ok(())
     }
 
     fn counters(&self) -> Counters {

@@ -2,14 +2,14 @@
 
 use acpi_tables::aml::{Device as AmlDevice, EISAName, IO, Interrupt, Name, ResourceTemplate};
 use acpi_tables::{Aml, AmlSink};
-use kvm_ioctls::VmFd;
+use serde::{Deserialize, Serialize};
 use vm_superio::Trigger;
 use vm_superio::serial::{NoEvents, Serial};
-use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+use vmm_sys_util::eventfd::EventFd;
 
-use super::{Counters, Device, Place};
+use super::{Counters, Device, DeviceState, Place, StateError};
 use crate::console::Console;
-use crate::machine::layout;
+use crate::machine::{Wire, layout};
 
 pub struct SerialDevice {
     uart: Serial<IrqTrigger, NoEvents, Console>,
@@ -18,6 +18,20 @@ pub struct SerialDevice {
 
 /// Raises the UART's interrupt.
 struct IrqTrigger(EventFd);
+
+/// The UART's registers, by their names in the 16550A's data sheet.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SerialState {
+    pub baud_divisor_low: u8,
+    pub baud_divisor_high: u8,
+    pub interrupt_enable: u8,
+    pub interrupt_identification: u8,
+    pub line_control: u8,
+    pub line_status: u8,
+    pub modem_control: u8,
+    pub modem_status: u8,
+    pub scratch: u8,
+}
 
 // === impl IrqTrigger ===
 
@@ -32,23 +46,15 @@ impl Trigger for IrqTrigger {
 // === impl SerialDevice ===
 
 impl SerialDevice {
-    pub fn new(console: Console) -> std::io::Result<Self> {
-        let trigger = IrqTrigger(EventFd::new(EFD_NONBLOCK)?);
-        Ok(Self {
-            uart: Serial::new(trigger, console.clone()),
+    pub fn new(console: Console, wire: Wire) -> Self {
+        Self {
+            uart: Serial::new(IrqTrigger(wire.interrupt), console.clone()),
             console,
-        })
+        }
     }
 }
 
 impl Device for SerialDevice {
-    fn connect(&mut self, vm: &VmFd, place: &Place) -> Result<(), kvm_ioctls::Error> {
-        match place.gsi {
-            Some(gsi) => vm.register_irqfd(&self.uart.interrupt_evt().0, gsi),
-            None => Ok(()),
-        }
-    }
-
     fn describe(&self, place: &Place, sink: &mut dyn AmlSink) {
         let (port, ports) = (layout::COM1_PORT, layout::COM1_PORTS as u8);
         AmlDevice::new(
@@ -84,6 +90,46 @@ impl Device for SerialDevice {
         }
     }
 
+    fn save(&self) -> DeviceState {
+        let state = self.uart.state();
+        DeviceState::Serial(SerialState {
+            baud_divisor_low: state.baud_divisor_low,
+            baud_divisor_high: state.baud_divisor_high,
+            interrupt_enable: state.interrupt_enable,
+            interrupt_identification: state.interrupt_identification,
+            line_control: state.line_control,
+            line_status: state.line_status,
+            modem_control: state.modem_control,
+            modem_status: state.modem_status,
+            scratch: state.scratch,
+        })
+    }
+
+    fn restore(&mut self, state: DeviceState) -> Result<(), StateError> {
+        let DeviceState::Serial(state) = state else {
+            return Err(StateError::Kind);
+        };
+        let state = vm_superio::SerialState {
+            baud_divisor_low: state.baud_divisor_low,
+            baud_divisor_high: state.baud_divisor_high,
+            interrupt_enable: state.interrupt_enable,
+            interrupt_identification: state.interrupt_identification,
+            line_control: state.line_control,
+            line_status: state.line_status,
+            modem_control: state.modem_control,
+            modem_status: state.modem_status,
+            scratch: state.scratch,
+            // Nothing is ever received.
+            in_buffer: Vec::new(),
+        };
+        let unusable = |error: &dyn std::fmt::Debug| StateError::Chip(format!("{error:?}"));
+        let interrupt = self.uart.interrupt_evt().0.try_clone();
+        let trigger = IrqTrigger(interrupt.map_err(|error| unusable(&error))?);
+        self.uart = Serial::from_state(&state, trigger, NoEvents, self.console.clone())
+            .map_err(|error| unusable(&error))?;
+        Ok(())
+    }
+
     fn counters(&self) -> Counters {
         let (written, dropped) = self.console.counts();
         Counters::from([("written_bytes", written), ("dropped_bytes", dropped)])
@@ -97,7 +143,7 @@ mod tests {
     #[test]
     fn what_the_guest_sends_is_on_the_console() {
         let console = Console::new(None).unwrap();
-        let mut serial = SerialDevice::new(console.clone()).unwrap();
+        let mut serial = SerialDevice::new(console.clone(), Wire::new(0).unwrap());
         for byte in b"hello" {
             serial.write(0, &[*byte]);
         }
@@ -106,5 +152,18 @@ mod tests {
         let mut line_status = [0];
         serial.read(5, &mut line_status);
         assert_eq!(line_status[0] & 0x60, 0x60, "transmitter empty");
+    }
+
+    #[test]
+    fn registers_survive_a_snapshot() {
+        let device = || SerialDevice::new(Console::new(None).unwrap(), Wire::new(0).unwrap());
+        let mut serial = device();
+        serial.write(7, &[0x5a]);
+        serial.write(3, &[0x03]);
+        let state = serial.save();
+        let mut other = device();
+        other.restore(state.clone()).unwrap();
+        assert_eq!(other.save(), state);
+        assert!(other.restore(DeviceState::None).is_err());
     }
 }

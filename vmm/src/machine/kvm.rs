@@ -1,13 +1,20 @@
 //! The VM as KVM sees it: capabilities, memory slots, interrupt controllers.
 
-use std::os::fd::{FromRawFd, IntoRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, FromRawFd, IntoRawFd, OwnedFd};
 
-use kvm_bindings::{KVM_API_VERSION, kvm_userspace_memory_region};
-use kvm_ioctls::{Cap, Kvm, VmFd};
-use vm_memory::{Address, GuestMemoryBackend, GuestMemoryRegion, MemoryRegionAddress};
+use kvm_bindings::{KVM_API_VERSION, kvm_pre_fault_memory, kvm_userspace_memory_region};
+use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
+use rustix::io::Errno;
+use vm_memory::{
+    Address, GuestAddress, GuestMemoryBackend, GuestMemoryRegion, MemoryRegionAddress,
+};
 
 use super::layout;
 use crate::memory::GuestMemory;
+
+/// `_IOWR(KVMIO, 0xd5, struct kvm_pre_fault_memory)` (linux/kvm.h).
+const KVM_PRE_FAULT_MEMORY: libc::c_ulong = 0xc040_aed5;
+const _: () = assert!(size_of::<kvm_pre_fault_memory>() == 0x40);
 
 /// What the monitor cannot do without.
 const CAPABILITIES: [(Cap, &str); 8] = [
@@ -96,6 +103,31 @@ fn set_memory(vm: &VmFd, memory: &GuestMemory) -> Result<(), KvmError> {
         // guest never reaches an address that has been unmapped.
         unsafe { vm.set_user_memory_region(region) }
             .map_err(refused("KVM_SET_USER_MEMORY_REGION"))?;
+    }
+    Ok(())
+}
+
+/// Maps pages for the guest before it touches them, as far as this KVM can
+/// (KVM_PRE_FAULT_MEMORY, Linux 6.12, hosts with nested paging).
+#[allow(unsafe_code)]
+pub fn pre_fault(vcpu: &VcpuFd, start: GuestAddress, bytes: u64) -> Result<(), Errno> {
+    let mut range = kvm_pre_fault_memory {
+        gpa: start.0,
+        size: bytes,
+        ..Default::default()
+    };
+    while range.size > 0 {
+        let left = range.size;
+        // SAFETY: the kernel reads and writes `range` alone, whose size is part
+        // of the ioctl's number, and maps only what a slot has.
+        let done = unsafe { libc::ioctl(vcpu.as_raw_fd(), KVM_PRE_FAULT_MEMORY, &raw mut range) };
+        if done < 0 {
+            let error = std::io::Error::last_os_error();
+            match Errno::from_io_error(&error) {
+                Some(Errno::INTR | Errno::AGAIN) if range.size < left => {}
+                errno => return Err(errno.unwrap_or(Errno::INVAL)),
+            }
+        }
     }
     Ok(())
 }

@@ -4,50 +4,81 @@
 use std::collections::HashMap;
 use std::fs::File;
 use std::io;
-use std::os::fd::OwnedFd;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::time::Instant;
 
+use kvm_bindings::CpuId;
 use kvm_ioctls::VmFd;
 use soulbox_proto::vmm::v1;
 
-use crate::bus::{Bus, Overlap, Range, SharedDevice, Space, lock};
-use crate::config::{Disk, MachineConfig, Vsock};
+use crate::bus::{Bus, Overlap, SharedDevice, lock};
+use crate::config::{Disk, Vsock};
 use crate::console::Console;
-use crate::devices::generation::{GenerationDevice, GenerationError};
-use crate::devices::panic::PanicDevice;
-use crate::devices::power::{self, PowerDevice};
-use crate::devices::serial::SerialDevice;
-use crate::devices::virtio::VirtioDevice;
+use crate::devices::generation::GenerationError;
 use crate::devices::virtio::block::BlockError;
-use crate::devices::virtio::mmio::VirtioMmio;
-use crate::devices::virtio::vsock::NewVsockError;
-use crate::devices::{Device, Place};
+use crate::devices::virtio::vsock::{NewVsockError, Spare};
+use crate::devices::{Chip, Place};
 use crate::events::EventSender;
+use crate::memory::pagemap::Pagemap;
+use crate::memory::working_set::WorkingSet;
 use crate::memory::{self, GuestMemory};
-use crate::vcpu::{self, Vcpu, VcpuThread};
+use crate::vcpu::{self, VcpuGone, VcpuThread, cpuid, features};
 
 pub mod acpi;
 mod backends;
+mod frame;
 pub mod kernel;
 pub mod kvm;
 pub mod layout;
+mod restore;
+mod save;
+mod shape;
+pub mod state;
+#[cfg(test)]
+pub(crate) mod tests;
 
-/// What a machine is made of, apart from how it starts.
+pub use frame::{Frame, Wire};
+pub use restore::RestoreError;
+pub use save::{SaveError, SnapshotFiles};
+pub use shape::{Kind, Shape, Slot};
+
+use restore::{check_fit, fill_in, restore_devices};
+use state::{CpuProfile, MachineState, MemoryState, NamedDevice, VmState};
+
+/// What a machine is made of besides its frame, apart from how it starts.
 #[derive(Debug)]
 pub struct Parts {
-    pub config: MachineConfig,
-    pub kvm: OwnedFd,
-    pub memory: File,
     pub disks: Vec<Disk>,
     pub vsock: Option<Vsock>,
+    pub pagemap: Option<File>,
 }
 
 /// Where a machine's state comes from.
 #[derive(Debug)]
 pub enum Origin<'a> {
     /// From nothing: a kernel, entered by the boot vCPU.
-    Boot { kernel: &'a mut File },
+    Boot {
+        kernel: &'a mut File,
+        cmdline: &'a str,
+    },
+    /// From a snapshot and the memory layers it is mapped from.
+    Restore {
+        state: Box<MachineState>,
+        layers: Vec<File>,
+        working_set: Option<File>,
+    },
+}
+
+/// What an [`Origin`] leaves to do once there are devices.
+enum Started<'a> {
+    Booting {
+        kernel: &'a mut File,
+        cmdline: &'a str,
+    },
+    Restoring {
+        vm: Box<VmState>,
+        devices: Vec<NamedDevice>,
+    },
 }
 
 /// A device, what it is called and where it sits.
@@ -61,15 +92,22 @@ pub struct DeviceSlot {
 /// A machine. Dropping it stops its vCPUs, then lets go of its devices, then of
 /// the VM, then of memory; the fields are in that order.
 pub struct Machine {
+    /// By their number.
     vcpus: Vec<VcpuThread>,
-    waiting: Vec<Vcpu>,
     devices: Vec<DeviceSlot>,
     bus: Arc<Bus>,
     events: EventSender,
-    _vm: VmFd,
-    _memory: GuestMemory,
-    memory_file: Arc<File>,
-    config: MachineConfig,
+    vm: VmFd,
+    memory: GuestMemory,
+    /// What memory is mapped from; none when it is anonymous.
+    mapped: MemoryState,
+    pagemap: Option<Pagemap>,
+    shape: Shape,
+    cpuid: CpuId,
+    msr_indices: Arc<[u32]>,
+    xsave_words: usize,
+    /// No vCPU runs, and the devices stand still.
+    paused: bool,
 }
 
 /// Measures the stages of an operation.
@@ -103,6 +141,12 @@ pub enum BuildError {
     EventFd(#[source] io::Error),
     #[error("a vCPU's thread could not be started")]
     Thread(#[source] io::Error),
+    #[error("{0} of the machine was not sent")]
+    Missing(&'static str),
+    #[error(transparent)]
+    VcpuGone(#[from] VcpuGone),
+    #[error(transparent)]
+    Restore(#[from] RestoreError),
 }
 
 // === impl Machine ===
@@ -110,78 +154,157 @@ pub enum BuildError {
 impl Machine {
     /// Builds a machine whose vCPUs have not run yet.
     pub fn new(
+        frame: Frame,
         parts: Parts,
         origin: Origin<'_>,
         console: Console,
         events: EventSender,
         stages: &mut Stopwatch,
     ) -> Result<Self, BuildError> {
-        let Parts {
-            config,
-            kvm,
-            memory: memory_file,
-            disks,
-            vsock,
-        } = parts;
+        let Frame {
+            shape,
+            slots,
+            wires,
+            vcpus,
+            mut cpuid,
+            msr_indices,
+            xsave_words,
+            vm,
+            memory,
+        } = frame;
 
-        let kvm = kvm::open(kvm, usize::from(config.vcpu_count))?;
-        let memory_file = Arc::new(memory_file);
-        let memory = memory::map_shared(&memory_file, config.memory_bytes())?;
+        let (vcpus, initial_msrs): (Vec<_>, Vec<_>) = vcpus
+            .into_iter()
+            .map(|vcpu| (vcpu.thread, vcpu.initial_msrs))
+            .unzip();
+        let mut restoring = Vec::new();
+        let (mapped, origin) = match origin {
+            Origin::Boot { kernel, cmdline } => {
+                memory::map_anonymous(&memory)?;
+                let mapped = MemoryState {
+                    layers: 0,
+                    runs: Vec::new(),
+                };
+                (mapped, Started::Booting { kernel, cmdline })
+            }
+            Origin::Restore {
+                state,
+                layers,
+                working_set,
+            } => {
+                check_fit(&state, shape, &parts, layers.len())?;
+                let missing = features::missing(&state.cpu.cpuid, cpuid.as_slice());
+                if !missing.is_empty() {
+                    return Err(RestoreError::Cpu(missing).into());
+                }
+                let new_cpuid = state.cpu.cpuid != cpuid.as_slice();
+                if new_cpuid {
+                    cpuid = CpuId::from_entries(&state.cpu.cpuid)
+                        .map_err(|_| RestoreError::Cpu(vec!["a CPUID that KVM can take".into()]))?;
+                }
+                memory::map_layers(&memory, &layers, &state.memory.runs)?;
+                stages.mark("memory");
+                let mut ahead = working_set.and_then(|file| fill_in(&memory, &file));
+                stages.mark("working_set");
+                // vCPUs take their state while devices are made.
+                for ((index, vcpu), (saved, initial_msrs)) in (0u8..)
+                    .zip(&vcpus)
+                    .zip(state.vcpus.into_iter().zip(initial_msrs))
+                {
+                    let own = new_cpuid.then(|| cpuid::for_vcpu(&cpuid, index, shape.vcpu_count));
+                    // One vCPU maps memory for all.
+                    let ahead = ahead.take();
+                    restoring.push(vcpu.call(move |fd| {
+                        if let Some(cpuid) = own {
+                            vcpu::state::set_cpuid(fd, &cpuid)?;
+                        }
+                        vcpu::state::restore(fd, &saved, &initial_msrs, xsave_words)?;
+                        for stretch in ahead.iter().flatten() {
+                            let (start, bytes) = (stretch.guest_address, stretch.bytes);
+                            if kvm::pre_fault(fd, start, bytes).is_err() {
+                                break;
+                            }
+                        }
+                        Ok(())
+                    })?);
+                }
+                (
+                    state.memory,
+                    Started::Restoring {
+                        vm: Box::new(state.vm),
+                        devices: state.devices,
+                    },
+                )
+            }
+        };
         stages.mark("memory");
-        let vm = kvm::create_vm(&kvm, &memory)?;
-        stages.mark("kvm");
 
-        let mut list = DeviceList::default();
-        list.add_fixed(&memory, console, &events)?;
-        for disk in disks {
-            let name = format!("block.{}", disk.id);
-            list.add_virtio(name, backends::block(disk)?, &memory)?;
+        let mut backends = backends::Backends::new(parts, console, &memory, &events);
+        let mut devices = Vec::with_capacity(slots.len());
+        let mut bus = Bus::default();
+        for (slot, wire) in slots.into_iter().zip(wires) {
+            let (name, device) = backends.device(slot.kind, wire)?;
+            if let Some(range) = slot.place.range {
+                bus.insert(range, Arc::clone(&device))?;
+            }
+            devices.push(DeviceSlot {
+                name,
+                place: slot.place,
+                device,
+            });
         }
-        if let Some(vsock) = vsock {
-            let events = events.try_clone().map_err(BuildError::EventFd)?;
-            let chip = backends::vsock(vsock, events)?;
-            list.add_virtio("vsock".into(), chip, &memory)?;
-        }
-        list.add_virtio("rng".into(), backends::rng(), &memory)?;
-        let (devices, bus) = list.connect(&vm)?;
+        let pagemap = backends.pagemap;
         stages.mark("devices");
 
-        let template = vcpu::cpuid::template(&kvm)?;
-        let mut waiting = Vec::new();
-        for index in 0..config.vcpu_count {
-            let fd = vm
-                .create_vcpu(u64::from(index))
-                .map_err(kvm::refused("KVM_CREATE_VCPU"))?;
-            // CPUID first: it decides which MSRs there are.
-            fd.set_cpuid2(&vcpu::cpuid::for_vcpu(&template, index, config.vcpu_count))
-                .map_err(kvm::refused("KVM_SET_CPUID2"))?;
-            vcpu::boot::set_msrs(&fd)?;
-            waiting.push(Vcpu { index, fd });
-        }
-        stages.mark("vcpus");
-
         match origin {
-            Origin::Boot { kernel } => {
-                let rsdp = acpi::write(&memory, config.vcpu_count, &devices)?;
-                let entry = kernel::load(&memory, kernel, &config.cmdline, rsdp)?;
+            Started::Booting { kernel, cmdline } => {
+                renew_generation(&devices)?;
+                let rsdp = acpi::write(&memory, shape.vcpu_count, &devices)?;
+                let entry = kernel::load(&memory, kernel, cmdline, rsdp)?;
                 vcpu::boot::write_tables(&memory).map_err(BuildError::BootTables)?;
-                if let Some(boot_vcpu) = waiting.first() {
-                    vcpu::boot::set_registers(&boot_vcpu.fd, entry)?;
+                if let Some(boot_vcpu) = vcpus.first() {
+                    let set = boot_vcpu.call(move |fd| vcpu::boot::set_registers(fd, entry))?;
+                    set.wait()??;
                 }
                 stages.mark("kernel");
+            }
+            Started::Restoring {
+                vm: saved,
+                devices: states,
+            } => {
+                restore_devices(&devices, states)?;
+                renew_generation(&devices)?;
+                stages.mark("state");
+                for (index, vcpu) in (0u8..).zip(restoring) {
+                    vcpu.wait()?
+                        .map_err(|error| RestoreError::Vcpu { index, error })?;
+                }
+                saved.restore(&vm)?;
+                for slot in &devices {
+                    let mut device = lock(&slot.device);
+                    device.resume();
+                    if let Chip::Generation(generation) = device.chip() {
+                        generation.ring();
+                    }
+                }
+                stages.mark("vcpus");
             }
         }
 
         Ok(Self {
-            vcpus: Vec::new(),
-            waiting,
+            vcpus,
             devices,
             bus: Arc::new(bus),
             events,
-            _vm: vm,
-            _memory: memory,
-            memory_file,
-            config,
+            vm,
+            memory,
+            mapped,
+            pagemap,
+            shape,
+            cpuid,
+            msr_indices,
+            xsave_words,
+            paused: false,
         })
     }
 
@@ -189,19 +312,41 @@ impl Machine {
     /// SIPI. Returns CLOCK_MONOTONIC, in nanoseconds, just before that.
     pub fn start(&mut self) -> Result<u64, BuildError> {
         let mut started_at_ns = 0;
-        while let Some(vcpu) = self.waiting.pop() {
+        for vcpu in self.vcpus.iter().rev() {
             let events = self.events.try_clone().map_err(BuildError::EventFd)?;
             started_at_ns = monotonic_ns();
-            let thread = vcpu
-                .spawn(Arc::clone(&self.bus), events)
-                .map_err(BuildError::Thread)?;
-            self.vcpus.push(thread);
+            vcpu.start(&self.bus, events)?;
         }
         Ok(started_at_ns)
     }
 
+    /// Ends the vCPUs, for good.
+    pub fn stop(&mut self) {
+        // All are asked before any is waited for.
+        for vcpu in &self.vcpus {
+            vcpu.ask_to_stop();
+        }
+        self.vcpus.clear();
+    }
+
     pub fn devices(&self) -> &[DeviceSlot] {
         &self.devices
+    }
+
+    /// Runs `f` on the first chip that it takes.
+    pub fn with_chip<T>(&self, mut f: impl FnMut(Chip<'_>) -> Option<T>) -> Option<T> {
+        self.devices
+            .iter()
+            .find_map(|slot| f(lock(&slot.device).chip()))
+    }
+
+    /// The host's ends of the spare connections that were restored, once.
+    pub fn take_spares(&self) -> Vec<Spare> {
+        let spares = self.with_chip(|chip| match chip {
+            Chip::Vsock(vsock) => Some(vsock.take_spares()),
+            _ => None,
+        });
+        spares.unwrap_or_default()
     }
 
     /// Exits, device counters and memory, since the machine was made.
@@ -220,112 +365,60 @@ impl Machine {
         });
         v1::Metrics {
             memory: Some(v1::MemoryMetrics {
-                guest_bytes: self.config.memory_bytes(),
-                guest_resident_bytes: memory::resident_bytes(&self.memory_file),
+                guest_bytes: self.shape.memory_bytes(),
+                guest_private_bytes: self.private_bytes(),
             }),
             exits,
             devices: devices.collect(),
             console_tail: console.tail(),
         }
     }
+
+    /// Writes what the guest has written to memory since its restore.
+    pub fn record_working_set(&self, file: &File) -> Result<u64, SaveError> {
+        let pagemap = self.pagemap.as_ref().ok_or(SaveError::NoPagemap)?;
+        let private = pagemap.private(&self.memory)?;
+        let ram_pages = self.shape.memory_bytes() / memory::PAGE_BYTES;
+        WorkingSet::new(ram_pages, private)
+            .write(file)
+            .map_err(SaveError::Memory)
+    }
+
+    fn private_bytes(&self) -> u64 {
+        let private = self
+            .pagemap
+            .as_ref()
+            .and_then(|pagemap| pagemap.private(&self.memory).ok());
+        let pages: u64 = private
+            .iter()
+            .flatten()
+            .map(|pages| pages.end - pages.start)
+            .sum();
+        pages * memory::PAGE_BYTES
+    }
 }
 
 impl Drop for Machine {
     fn drop(&mut self) {
-        // All are asked before any is waited for.
-        for vcpu in &self.vcpus {
-            vcpu.ask_to_stop();
+        self.stop();
+    }
+}
+
+fn renew_generation(devices: &[DeviceSlot]) -> Result<(), GenerationError> {
+    for slot in devices {
+        if let Chip::Generation(generation) = lock(&slot.device).chip() {
+            generation.renew()?;
         }
     }
+    Ok(())
 }
 
-/// The list of devices while it grows.
-#[derive(Default)]
-struct DeviceList {
-    slots: Vec<DeviceSlot>,
-    virtio: u32,
-}
-
-// === impl DeviceList ===
-
-impl DeviceList {
-    /// What every machine has.
-    fn add_fixed(
-        &mut self,
-        memory: &GuestMemory,
-        console: Console,
-        events: &EventSender,
-    ) -> Result<(), BuildError> {
-        let clone = || events.try_clone().map_err(BuildError::EventFd);
-        let serial = SerialDevice::new(console).map_err(BuildError::EventFd)?;
-        let com1 = ports(layout::COM1_PORT, layout::COM1_PORTS);
-        self.add("serial", com1, Some(layout::COM1_GSI), serial);
-        let power = ports(layout::POWER_PORT, power::PORTS);
-        self.add("power", power, None, PowerDevice::new(clone()?));
-        self.add(
-            "panic",
-            ports(layout::PANIC_PORT, 1),
-            None,
-            PanicDevice::new(clone()?),
-        );
-        let generation = GenerationDevice::new(memory)?;
-        self.add("generation", None, Some(layout::GENERATION_GSI), generation);
-        Ok(())
+/// How the machine's CPUID came to be.
+fn cpu_profile(cpuid: &CpuId) -> CpuProfile {
+    CpuProfile {
+        name: cpuid::PROFILE.to_owned(),
+        cpuid: cpuid.as_slice().to_vec(),
     }
-
-    fn add_virtio(
-        &mut self,
-        name: String,
-        chip: Box<dyn VirtioDevice>,
-        memory: &GuestMemory,
-    ) -> Result<(), BuildError> {
-        let transport = VirtioMmio::new(chip, memory.clone()).map_err(BuildError::EventFd)?;
-        let range = Range {
-            space: Space::Memory,
-            start: layout::VIRTIO_MMIO_START + u64::from(self.virtio) * layout::VIRTIO_MMIO_BYTES,
-            bytes: layout::VIRTIO_MMIO_BYTES,
-        };
-        let gsi = layout::FIRST_VIRTIO_GSI + self.virtio;
-        self.virtio += 1;
-        self.add(name, Some(range), Some(gsi), transport);
-        Ok(())
-    }
-
-    fn add(
-        &mut self,
-        name: impl Into<String>,
-        range: Option<Range>,
-        gsi: Option<u32>,
-        device: impl Device + 'static,
-    ) {
-        self.slots.push(DeviceSlot {
-            name: name.into(),
-            place: Place { range, gsi },
-            device: Arc::new(Mutex::new(device)),
-        });
-    }
-
-    /// Wires every device to KVM and puts it on the bus.
-    fn connect(self, vm: &VmFd) -> Result<(Vec<DeviceSlot>, Bus), BuildError> {
-        let mut bus = Bus::default();
-        for slot in &self.slots {
-            lock(&slot.device)
-                .connect(vm, &slot.place)
-                .map_err(kvm::refused("KVM_IRQFD or KVM_IOEVENTFD"))?;
-            if let Some(range) = slot.place.range {
-                bus.insert(range, Arc::clone(&slot.device))?;
-            }
-        }
-        Ok((self.slots, bus))
-    }
-}
-
-fn ports(start: u16, count: u16) -> Option<Range> {
-    Some(Range {
-        space: Space::Port,
-        start: u64::from(start),
-        bytes: u64::from(count),
-    })
 }
 
 // === impl Stopwatch ===
@@ -364,12 +457,16 @@ impl BuildError {
             Self::Memory(_) => Code::Memory,
             Self::Kernel(_) => Code::Kernel,
             Self::Disk(_) => Code::Disk,
+            Self::Restore(RestoreError::Cpu(_)) => Code::Cpu,
+            Self::Restore(_) => Code::Snapshot,
             Self::Acpi(_)
             | Self::Vsock(_)
             | Self::Generation(_)
             | Self::Overlap(_)
             | Self::BootTables(_)
             | Self::EventFd(_)
+            | Self::Missing(_)
+            | Self::VcpuGone(_)
             | Self::Thread(_) => Code::Host,
         }
     }

@@ -6,6 +6,9 @@ use kvm_ioctls::Kvm;
 
 use crate::machine::kvm::{KvmError, refused};
 
+/// Names the rules below in a snapshot.
+pub const PROFILE: &str = "host-1";
+
 const LEAF_FEATURES: u32 = 0x1;
 const LEAF_CACHES: u32 = 0x4;
 const LEAF_THERMAL: u32 = 0x6;

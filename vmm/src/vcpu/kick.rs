@@ -31,14 +31,24 @@ impl ImmediateExit {
         Self(Mutex::new(byte.cast_const().cast::<AtomicU8>()))
     }
 
+    /// KVM_RUN returns at once from now on.
     pub(super) fn set(&self) {
+        self.store(1);
+    }
+
+    /// KVM_RUN enters the guest again.
+    pub(super) fn unset(&self) {
+        self.store(0);
+    }
+
+    fn store(&self, value: u8) {
         let byte = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         if !byte.is_null() {
             // SAFETY: not cleared yet, so kvm_run is mapped. It is memory shared
             // with the kernel, which reads this byte at each KVM_RUN; AtomicU8
             // has the layout of u8, and nothing on our side reads or writes it
             // otherwise.
-            unsafe { &**byte }.store(1, Ordering::Release);
+            unsafe { &**byte }.store(value, Ordering::Release);
         }
     }
 

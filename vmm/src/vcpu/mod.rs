@@ -2,9 +2,10 @@
 
 use std::io;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc::{self, RecvTimeoutError, TryRecvError};
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use kvm_ioctls::{VcpuExit, VcpuFd};
 use soulbox_proto::vmm::v1::exited::Reason;
@@ -14,7 +15,10 @@ use crate::events::EventSender;
 
 pub mod boot;
 pub mod cpuid;
+pub mod features;
 mod kick;
+pub mod state;
+mod xsave;
 
 /// KVM_EXIT_*, as far as vCPUs count them apart.
 const EXIT_NAMES: [&str; 8] = [
@@ -41,27 +45,45 @@ const EMULATION_FAILED: &str = "KVM could not emulate an instruction of the gues
      cannot run guest kernels (a CPU without vmx or svm, or nested where the outer hypervisor \
      lacks it). Run on such a CPU, or through images/bench/run, which finds or makes one";
 
-/// How often a vCPU that was told to stop is told again.
+/// How often a vCPU that was told to stop or to pause is told again.
 const KICK_INTERVAL: Duration = Duration::from_micros(500);
 
-/// A vCPU whose state is set and which has not run yet.
-pub struct Vcpu {
-    pub index: u8,
-    pub fd: VcpuFd,
-}
-
-/// A vCPU's running thread. Dropping it stops and joins the thread.
+/// A vCPU's thread. Dropping it stops and joins the thread.
 pub struct VcpuThread {
     thread: Option<JoinHandle<()>>,
+    commands: mpsc::Sender<Command>,
     shared: Arc<Shared>,
 }
 
+/// How long a vCPU's thread that has been told something stays awake for more.
+const STAY_AWAKE: Duration = Duration::from_micros(200);
+
 /// What a vCPU's thread and the monitor share.
 struct Shared {
-    stop: AtomicBool,
     /// `immediate_exit` of the vCPU's `kvm_run`; empty once the thread is over.
     immediate_exit: kick::ImmediateExit,
     exits: [AtomicU64; EXIT_NAMES.len()],
+}
+
+/// What a vCPU is told. While it runs it looks for commands when KVM_RUN was
+/// interrupted, which completes an exit that was left half done (api.rst,
+/// KVM_RUN).
+enum Command {
+    /// Only before Start, and while paused.
+    Call(Box<dyn FnOnce(&VcpuFd) + Send>),
+    /// Once.
+    Start(Arc<Bus>, EventSender),
+    Pause(mpsc::Sender<()>),
+    Resume,
+    Stop,
+}
+
+/// The thread's side.
+struct Vcpu {
+    index: u8,
+    fd: VcpuFd,
+    commands: mpsc::Receiver<Command>,
+    shared: Arc<Shared>,
 }
 
 /// Why a vCPU left its loop.
@@ -72,36 +94,52 @@ enum Stop {
     Over(Reason, String),
 }
 
+#[derive(Debug, thiserror::Error)]
+#[error("a vCPU has ended, and with it the machine")]
+pub struct VcpuGone;
+
 // === impl Vcpu ===
 
 impl Vcpu {
-    /// Starts the thread, which enters the guest at once.
-    pub fn spawn(mut self, bus: Arc<Bus>, events: EventSender) -> io::Result<VcpuThread> {
-        let shared = Arc::new(Shared {
-            stop: AtomicBool::new(false),
-            immediate_exit: kick::ImmediateExit::of(&mut self.fd),
-            exits: Default::default(),
-        });
-        let of_thread = Arc::clone(&shared);
-        let thread = std::thread::Builder::new()
-            .name(format!("vcpu{}", self.index))
-            // The loop is shallow; the default of 2 MiB would only be reserved.
-            .stack_size(256 * 1024)
-            .spawn(move || {
-                if let Stop::Over(reason, message) = self.run(&bus, &of_thread) {
-                    events.exit(reason, format!("vCPU {}: {message}", self.index));
-                }
-                // `kvm_run` is unmapped with the VcpuFd.
-                of_thread.immediate_exit.clear();
-            })?;
-        Ok(VcpuThread {
-            thread: Some(thread),
-            shared,
-        })
+    fn live(mut self) {
+        if let Some((bus, events)) = self.wait_for_start()
+            && let Stop::Over(reason, message) = self.run(&bus)
+        {
+            events.exit(reason, format!("vCPU {}: {message}", self.index));
+        }
+        // `kvm_run` is unmapped with the VcpuFd.
+        self.shared.immediate_exit.clear();
     }
 
-    fn run(&mut self, bus: &Bus, shared: &Shared) -> Stop {
-        while !shared.stop.load(Ordering::Acquire) {
+    /// None: it is told to stop, or the machine is being torn down.
+    fn wait_for_start(&self) -> Option<(Arc<Bus>, EventSender)> {
+        loop {
+            match self.next_command()? {
+                Command::Call(call) => call(&self.fd),
+                Command::Start(bus, events) => return Some((bus, events)),
+                Command::Stop => return None,
+                Command::Pause(_) | Command::Resume => {}
+            }
+        }
+    }
+
+    /// Waits for a command: at first awake, for they come close together when a
+    /// machine is restored, and waking a thread takes longer than what it is told.
+    fn next_command(&self) -> Option<Command> {
+        let sleep_at = Instant::now() + STAY_AWAKE;
+        while Instant::now() < sleep_at {
+            match self.commands.try_recv() {
+                Ok(command) => return Some(command),
+                Err(TryRecvError::Empty) => std::hint::spin_loop(),
+                Err(TryRecvError::Disconnected) => return None,
+            }
+        }
+        self.commands.recv().ok()
+    }
+
+    fn run(&mut self, bus: &Bus) -> Stop {
+        let shared = Arc::clone(&self.shared);
+        loop {
             let kind = match self.fd.run() {
                 Ok(VcpuExit::IoIn(port, data)) => {
                     bus.read(Space::Port, u64::from(port), data);
@@ -157,8 +195,43 @@ impl Vcpu {
                 }
             };
             shared.count(kind);
+            if kind == INTR && self.obey() {
+                return Stop::Asked;
+            }
         }
-        Stop::Asked
+    }
+
+    /// Does what it was told, if anything. True when that is to stop.
+    fn obey(&self) -> bool {
+        let mut paused = false;
+        loop {
+            let command = if paused {
+                self.next_command().unwrap_or(Command::Stop)
+            } else {
+                match self.commands.try_recv() {
+                    Ok(command) => command,
+                    Err(_) => return false,
+                }
+            };
+            match command {
+                Command::Pause(reply) => {
+                    // Cleared here and not when it resumes: the next command may
+                    // have set it by then.
+                    self.shared.immediate_exit.unset();
+                    paused = true;
+                    let _ = reply.send(());
+                }
+                Command::Call(call) => call(&self.fd),
+                Command::Resume => {
+                    // So that the guest's watchdog does not take the pause for a
+                    // lockup. EINVAL: it has no kvmclock.
+                    let _ = self.fd.kvmclock_ctrl();
+                    return false;
+                }
+                Command::Stop => return true,
+                Command::Start(..) => {}
+            }
+        }
     }
 
     /// Names the place, as far as KVM still tells it.
@@ -173,6 +246,31 @@ impl Vcpu {
 // === impl VcpuThread ===
 
 impl VcpuThread {
+    /// Starts the thread of a vCPU that has not run. It does not until `start`.
+    pub fn spawn(index: u8, mut fd: VcpuFd) -> io::Result<Self> {
+        let (sender, commands) = mpsc::channel();
+        let shared = Arc::new(Shared {
+            immediate_exit: kick::ImmediateExit::of(&mut fd),
+            exits: Default::default(),
+        });
+        let vcpu = Vcpu {
+            index,
+            fd,
+            commands,
+            shared: Arc::clone(&shared),
+        };
+        let thread = std::thread::Builder::new()
+            .name(format!("vcpu{index}"))
+            // The loop is shallow; the default of 2 MiB would only be reserved.
+            .stack_size(256 * 1024)
+            .spawn(move || vcpu.live())?;
+        Ok(Self {
+            thread: Some(thread),
+            commands: sender,
+            shared,
+        })
+    }
+
     /// Adds this vCPU's exits to a sum by name.
     pub fn add_exits(&self, sum: &mut std::collections::HashMap<String, u64>) {
         for (name, count) in EXIT_NAMES.iter().zip(&self.shared.exits) {
@@ -185,8 +283,88 @@ impl VcpuThread {
 
     /// Tells the vCPU to leave the guest, without waiting for it.
     pub fn ask_to_stop(&self) {
-        self.shared.stop.store(true, Ordering::Release);
+        // A thread that is over takes no more commands.
+        let _ = self.commands.send(Command::Stop);
         self.shared.immediate_exit.set();
+        self.kick();
+    }
+
+    /// Tells the vCPU to pause; [`Pausing::wait`] waits for it.
+    pub fn ask_to_pause(&self) -> Result<Pausing<'_>, VcpuGone> {
+        let (reply, paused) = mpsc::channel();
+        self.command(Command::Pause(reply))?;
+        self.shared.immediate_exit.set();
+        self.kick();
+        Ok(Pausing { vcpu: self, paused })
+    }
+
+    /// Has the thread call `call`; only before `start` and while paused.
+    pub fn call<T: Send + 'static>(
+        &self,
+        call: impl FnOnce(&VcpuFd) -> T + Send + 'static,
+    ) -> Result<Answer<T>, VcpuGone> {
+        let (reply, answer) = mpsc::channel();
+        let call = move |fd: &VcpuFd| {
+            // Nobody waits only when the machine is being torn down.
+            let _ = reply.send(call(fd));
+        };
+        self.command(Command::Call(Box::new(call)))?;
+        Ok(Answer(answer))
+    }
+
+    /// Enters the guest.
+    pub fn start(&self, bus: &Arc<Bus>, events: EventSender) -> Result<(), VcpuGone> {
+        self.command(Command::Start(Arc::clone(bus), events))
+    }
+
+    /// Has a paused vCPU go on.
+    pub fn resume(&self) {
+        // One that is over has told so.
+        let _ = self.command(Command::Resume);
+    }
+
+    fn command(&self, command: Command) -> Result<(), VcpuGone> {
+        self.commands.send(command).map_err(|_| VcpuGone)
+    }
+
+    fn kick(&self) {
+        if let Some(thread) = &self.thread {
+            kick::kick(thread);
+        }
+    }
+}
+
+/// What a vCPU's thread was asked for.
+pub struct Answer<T>(mpsc::Receiver<T>);
+
+// === impl Answer ===
+
+impl<T> Answer<T> {
+    pub fn wait(self) -> Result<T, VcpuGone> {
+        self.0.recv().map_err(|_| VcpuGone)
+    }
+}
+
+/// A vCPU on its way to a pause.
+pub struct Pausing<'a> {
+    vcpu: &'a VcpuThread,
+    paused: mpsc::Receiver<()>,
+}
+
+// === impl Pausing ===
+
+impl Pausing<'_> {
+    /// Waits until the vCPU stands still. A signal that comes just before KVM_RUN
+    /// is not lost, for by then immediate_exit is set; it is repeated for the
+    /// sake of other system calls.
+    pub fn wait(self) -> Result<(), VcpuGone> {
+        loop {
+            match self.paused.recv_timeout(KICK_INTERVAL) {
+                Ok(()) => return Ok(()),
+                Err(RecvTimeoutError::Timeout) => self.vcpu.kick(),
+                Err(RecvTimeoutError::Disconnected) => return Err(VcpuGone),
+            }
+        }
     }
 }
 
@@ -196,9 +374,7 @@ impl Drop for VcpuThread {
         let Some(thread) = self.thread.take() else {
             return;
         };
-        // immediate_exit stops the next KVM_RUN, the signal the present one. A
-        // signal that comes just before KVM_RUN is not lost, for by then
-        // immediate_exit is set; it is repeated for the sake of other syscalls.
+        // As in Pausing::wait.
         while !thread.is_finished() {
             kick::kick(&thread);
             std::thread::park_timeout(KICK_INTERVAL);

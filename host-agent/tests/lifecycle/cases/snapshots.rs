@@ -561,7 +561,7 @@ pub(super) async fn the_command_line_saves_and_brings_back() {
     };
     let (id, _) = soulbox(&["create"]);
     soulbox(&["exec", &id, "set", "kept"]);
-    let (snapshot, told) = soulbox(&["snapshot", &id, "--name", "warm", "--timings"]);
+    let (snapshot, told) = soulbox(&["snapshot", "create", &id, "--name", "warm", "--timings"]);
     assert!(told.contains("snapshot.memory"), "{told}");
     let (listed, _) = soulbox(&["snapshot", "ls", "--output", "json"]);
     let listed: serde_json::Value = serde_json::from_str(&listed).unwrap();

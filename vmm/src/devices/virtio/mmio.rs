@@ -5,7 +5,7 @@ use std::os::fd::BorrowedFd;
 use acpi_tables::aml::{Device as AmlDevice, Interrupt as AmlInterrupt, Memory32Fixed, Name};
 use acpi_tables::aml::{Path, ResourceTemplate};
 use acpi_tables::{Aml, AmlSink};
-use kvm_ioctls::{IoEventAddress, VmFd};
+use serde::{Deserialize, Serialize};
 use virtio_bindings::virtio_config::{
     VIRTIO_CONFIG_S_ACKNOWLEDGE, VIRTIO_CONFIG_S_DRIVER, VIRTIO_CONFIG_S_DRIVER_OK,
     VIRTIO_CONFIG_S_FAILED, VIRTIO_CONFIG_S_FEATURES_OK, VIRTIO_CONFIG_S_NEEDS_RESET,
@@ -13,12 +13,12 @@ use virtio_bindings::virtio_config::{
 };
 use virtio_bindings::virtio_mmio as reg;
 use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
-use virtio_queue::{Queue, QueueT};
-use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+use virtio_queue::{Queue, QueueState, QueueT};
+use vmm_sys_util::eventfd::EventFd;
 
-use super::{Activation, Interrupt, VirtioDevice};
-use crate::devices::{Counters, Device, Place};
-use crate::machine::layout;
+use super::{Activation, ChipState, Interrupt, VirtioDevice};
+use crate::devices::{Chip, Counters, Device, DeviceState, Place, StateError};
+use crate::machine::{Wire, layout};
 use crate::memory::GuestMemory;
 
 /// "virt", little-endian.
@@ -43,22 +43,44 @@ pub struct VirtioMmio {
     activated: bool,
 }
 
+/// What is saved of a transport and its chip.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TransportState {
+    pub status: u32,
+    pub features_select: u32,
+    pub driver_features_select: u32,
+    pub driver_features: u64,
+    pub queue_select: u32,
+    pub activated: bool,
+    pub interrupt_status: u32,
+    pub queues: Vec<SavedQueue>,
+    pub chip: ChipState,
+}
+
+/// A virtqueue, but what the chip decides.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SavedQueue {
+    pub size: u16,
+    pub ready: bool,
+    pub next_avail: u16,
+    pub next_used: u16,
+    pub event_idx: bool,
+    pub desc_table: u64,
+    pub avail_ring: u64,
+    pub used_ring: u64,
+}
+
 // === impl VirtioMmio ===
 
 impl VirtioMmio {
-    pub fn new(chip: Box<dyn VirtioDevice>, memory: GuestMemory) -> std::io::Result<Self> {
-        let doorbells = chip
-            .queue_sizes()
-            .iter()
-            .map(|_| EventFd::new(EFD_NONBLOCK))
-            .collect::<Result<_, _>>()?;
-        let interrupt = Interrupt::new(EventFd::new(EFD_NONBLOCK)?);
+    /// `wire` has a doorbell for each of the chip's queues.
+    pub fn new(chip: Box<dyn VirtioDevice>, memory: GuestMemory, wire: Wire) -> Self {
         let mut transport = Self {
             chip,
             memory,
-            interrupt,
+            interrupt: Interrupt::new(wire.interrupt),
             queues: Vec::new(),
-            doorbells,
+            doorbells: wire.doorbells,
             status: 0,
             features_select: 0,
             driver_features_select: 0,
@@ -67,7 +89,7 @@ impl VirtioMmio {
             activated: false,
         };
         transport.queues = transport.fresh_queues();
-        Ok(transport)
+        transport
     }
 
     fn fresh_queues(&self) -> Vec<Queue> {
@@ -77,6 +99,43 @@ impl VirtioMmio {
             // A chip's sizes are constants; a test of each chip activates it.
             .filter_map(|size| Queue::new(*size).ok())
             .collect()
+    }
+
+    /// The queues of a saved transport, checked as the driver's own words are.
+    fn saved_queues(&self, state: &TransportState) -> Result<Vec<Queue>, StateError> {
+        let sizes = self.chip.queue_sizes();
+        if state.queues.len() != sizes.len() {
+            let problem = "not one of this device's";
+            return Err(StateError::Queue {
+                queue: state.queues.len(),
+                problem,
+            });
+        }
+        let in_use = self.chip.queues_in_use(state.driver_features);
+        let mut queues = Vec::with_capacity(sizes.len());
+        for (index, (saved, max_size)) in state.queues.iter().zip(sizes).enumerate() {
+            let bad = |problem| StateError::Queue {
+                queue: index,
+                problem,
+            };
+            let queue = Queue::try_from(QueueState {
+                max_size: *max_size,
+                size: saved.size,
+                ready: saved.ready,
+                next_avail: saved.next_avail,
+                next_used: saved.next_used,
+                event_idx_enabled: saved.event_idx,
+                desc_table: saved.desc_table,
+                avail_ring: saved.avail_ring,
+                used_ring: saved.used_ring,
+            })
+            .map_err(|_| bad("of a size or at an address that no queue has"))?;
+            if state.activated && index < in_use && !queue.is_valid(&self.memory) {
+                return Err(bad("in use but not ready, or not in guest memory"));
+            }
+            queues.push(queue);
+        }
+        Ok(queues)
     }
 
     fn device_features(&self) -> u64 {
@@ -124,7 +183,8 @@ impl VirtioMmio {
             }
             reg::VIRTIO_MMIO_INTERRUPT_STATUS => self.interrupt.status(),
             reg::VIRTIO_MMIO_STATUS => self.status,
-            // The configuration of our chips never changes while they run.
+            // What changes in our chips' configuration while they run is of one
+            // access, so no driver can read it half changed.
             reg::VIRTIO_MMIO_CONFIG_GENERATION => 0,
             _ => 0,
         }
@@ -242,7 +302,9 @@ impl VirtioMmio {
         for queue in &mut queues {
             queue.set_event_idx(event_idx);
         }
-        let valid = queues.iter().all(|queue| queue.is_valid(&self.memory));
+        let in_use = self.chip.queues_in_use(self.driver_features);
+        let mut queues_in_use = queues.iter().take(in_use);
+        let valid = queues_in_use.all(|queue| queue.is_valid(&self.memory));
         let activated = valid
             && self
                 .chip
@@ -256,6 +318,8 @@ impl VirtioMmio {
         if activated {
             self.activated = true;
         } else {
+            // The driver can change them no more, but a snapshot has them all.
+            self.queues = self.fresh_queues();
             self.status |= VIRTIO_CONFIG_S_NEEDS_RESET;
             self.interrupt.signal_config_change();
         }
@@ -283,19 +347,6 @@ impl VirtioMmio {
 }
 
 impl Device for VirtioMmio {
-    fn connect(&mut self, vm: &VmFd, place: &Place) -> Result<(), kvm_ioctls::Error> {
-        if let Some(gsi) = place.gsi {
-            vm.register_irqfd(self.interrupt.irqfd(), gsi)?;
-        }
-        if let Some(range) = place.range {
-            let notify = range.start + u64::from(reg::VIRTIO_MMIO_QUEUE_NOTIFY);
-            for (queue, doorbell) in (0u32..).zip(&self.doorbells) {
-                vm.register_ioevent(doorbell, &IoEventAddress::Mmio(notify), queue)?;
-            }
-        }
-        Ok(())
-    }
-
     fn describe(&self, place: &Place, sink: &mut dyn AmlSink) {
         let (Some(range), Some(gsi)) = (place.range, place.gsi) else {
             return;
@@ -335,10 +386,10 @@ impl Device for VirtioMmio {
     }
 
     fn write(&mut self, offset: u64, data: &[u8]) {
-        // No chip of ours has writable configuration.
-        if offset < u64::from(reg::VIRTIO_MMIO_CONFIG)
-            && let (Ok(offset), Ok(word)) = (u32::try_from(offset), <[u8; 4]>::try_from(data))
-        {
+        let config = u64::from(reg::VIRTIO_MMIO_CONFIG);
+        if offset >= config {
+            self.chip.write_config(offset - config, data);
+        } else if let (Ok(offset), Ok(word)) = (u32::try_from(offset), <[u8; 4]>::try_from(data)) {
             self.write_register(offset, u32::from_le_bytes(word));
         }
     }
@@ -361,8 +412,91 @@ impl Device for VirtioMmio {
         }
     }
 
+    fn pause(&mut self) {
+        if self.activated {
+            self.queues = self.chip.quiesce();
+        }
+    }
+
+    fn save(&self) -> DeviceState {
+        DeviceState::Virtio(TransportState {
+            status: self.status,
+            features_select: self.features_select,
+            driver_features_select: self.driver_features_select,
+            driver_features: self.driver_features,
+            queue_select: self.queue_select,
+            activated: self.activated,
+            interrupt_status: self.interrupt.status(),
+            queues: self.queues.iter().map(SavedQueue::of).collect(),
+            chip: self.chip.save(),
+        })
+    }
+
+    fn restore(&mut self, state: DeviceState) -> Result<(), StateError> {
+        let DeviceState::Virtio(state) = state else {
+            return Err(StateError::Kind);
+        };
+        let offered = self.device_features();
+        if state.driver_features & !offered != 0 {
+            return Err(StateError::Chip(
+                "the driver accepted features that the device lacks".into(),
+            ));
+        }
+        if state.activated && state.status & VIRTIO_CONFIG_S_DRIVER_OK == 0 {
+            return Err(StateError::Chip(
+                "it is in use, though its driver never said that it is ready".into(),
+            ));
+        }
+        self.queues = self.saved_queues(&state)?;
+        self.status = state.status;
+        self.features_select = state.features_select;
+        self.driver_features_select = state.driver_features_select;
+        self.driver_features = state.driver_features;
+        self.queue_select = state.queue_select;
+        self.activated = state.activated;
+        self.interrupt.set_status(state.interrupt_status);
+        self.chip.restore(state.chip)
+    }
+
+    fn resume(&mut self) {
+        if !self.activated {
+            return;
+        }
+        self.activated = false;
+        self.activate();
+        // Doorbells that rang and interrupts that were raised as the machine
+        // stopped are with the eventfds of the machine that was. Drivers bear
+        // both without cause.
+        for queue in 0..self.doorbells.len() {
+            self.notify(queue);
+        }
+        self.interrupt.signal_used_queue();
+    }
+
+    fn chip(&mut self) -> Chip<'_> {
+        self.chip.chip()
+    }
+
     fn counters(&self) -> Counters {
         self.chip.counters()
+    }
+}
+
+// === impl SavedQueue ===
+
+impl SavedQueue {
+    fn of(queue: &Queue) -> Self {
+        let state = queue.state();
+        Self {
+            size: state.size,
+            ready: state.ready,
+            next_avail: state.next_avail,
+            next_used: state.next_used,
+            event_idx: state.event_idx_enabled,
+            desc_table: state.desc_table,
+            avail_ring: state.avail_ring,
+            used_ring: state.used_ring,
+        }
     }
 }
 
@@ -381,9 +515,9 @@ mod tests {
         notified: Vec<usize>,
     }
 
-    struct Chip(Arc<Mutex<Log>>);
+    struct Logged(Arc<Mutex<Log>>, Vec<Queue>);
 
-    impl VirtioDevice for Chip {
+    impl VirtioDevice for Logged {
         fn device_id(&self) -> u32 {
             4
         }
@@ -399,6 +533,7 @@ mod tests {
         fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
             assert_eq!(activation.queues.len(), 2);
             self.0.lock().unwrap().activations += 1;
+            self.1 = activation.queues;
             Ok(())
         }
         fn queue_notified(&mut self, queue: usize) {
@@ -406,6 +541,15 @@ mod tests {
         }
         fn reset(&mut self) {
             self.0.lock().unwrap().resets += 1;
+        }
+        fn quiesce(&mut self) -> Vec<Queue> {
+            self.1.drain(..).collect()
+        }
+        fn save(&self) -> ChipState {
+            ChipState::Rng
+        }
+        fn restore(&mut self, _: ChipState) -> Result<(), StateError> {
+            Ok(())
         }
         fn counters(&self) -> Counters {
             Counters::new()
@@ -415,8 +559,8 @@ mod tests {
     fn transport() -> (VirtioMmio, Arc<Mutex<Log>>) {
         let memory = GuestMemory::from_ranges(&[(GuestAddress(0), 0x10000)]).unwrap();
         let log = Arc::new(Mutex::new(Log::default()));
-        let mmio = VirtioMmio::new(Box::new(Chip(log.clone())), memory).unwrap();
-        (mmio, log)
+        let chip = Box::new(Logged(log.clone(), Vec::new()));
+        (VirtioMmio::new(chip, memory, Wire::new(2).unwrap()), log)
     }
 
     fn write(mmio: &mut VirtioMmio, register: u32, value: u32) {

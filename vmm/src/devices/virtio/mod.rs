@@ -5,13 +5,16 @@ use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
+use serde::{Deserialize, Serialize};
 use virtio_bindings::virtio_mmio::{VIRTIO_MMIO_INT_CONFIG, VIRTIO_MMIO_INT_VRING};
 use virtio_queue::Queue;
 use vmm_sys_util::eventfd::EventFd;
 
 pub use crate::devices::Counters;
+use crate::devices::{Chip, StateError};
 use crate::memory::GuestMemory;
 
+pub mod balloon;
 pub mod block;
 pub mod mmio;
 pub mod rng;
@@ -35,9 +38,19 @@ pub trait VirtioDevice: Send {
     /// Feature bits the device offers. The transport adds VIRTIO_F_VERSION_1.
     fn features(&self) -> u64;
 
+    /// How many of the queues, the first ones, a driver sets up that accepted
+    /// these features. Of the others the device takes nothing.
+    fn queues_in_use(&self, _driver_features: u64) -> usize {
+        self.queue_sizes().len()
+    }
+
     /// Reads the device's configuration space. What lies past its end reads as
     /// zeros.
     fn read_config(&self, offset: u64, data: &mut [u8]);
+
+    /// Writes the device's configuration space, where it has something for the
+    /// driver to write. May be called while inactive.
+    fn write_config(&mut self, _offset: u64, _data: &[u8]) {}
 
     /// Descriptors the event loop watches for readability, level-triggered,
     /// from before the guest runs until the machine is gone. A device whose
@@ -62,15 +75,42 @@ pub trait VirtioDevice: Send {
     /// drops, all it has in flight. It touches no guest memory after this.
     fn reset(&mut self);
 
+    /// Only called while active: finishes what is in flight, answers it, and
+    /// gives the queues back in the driver's order. All else stays as it is, and
+    /// the next `activate`, with these queues, goes on from here.
+    fn quiesce(&mut self) -> Vec<Queue>;
+
+    /// What the chip knows besides its queues. Only while not active.
+    fn save(&self) -> ChipState;
+
+    /// Makes a new chip be the saved one, whose state is untrusted. It is
+    /// activated next if the saved one was active.
+    fn restore(&mut self, state: ChipState) -> Result<(), StateError>;
+
+    /// The chip, where the machine has business with it beyond this trait.
+    fn chip(&mut self) -> Chip<'_> {
+        Chip::Other
+    }
+
     /// What the device has done since it was made.
     fn counters(&self) -> Counters;
+}
+
+/// What is saved of a chip. New variants go last, and a changed one is a new one.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum ChipState {
+    Block(block::BlockState),
+    Vsock(vsock::VsockState),
+    Rng,
+    Balloon(balloon::BalloonState),
 }
 
 /// What a device gets when its driver is ready.
 #[derive(Debug)]
 pub struct Activation {
     pub memory: GuestMemory,
-    /// One for each of [`VirtioDevice::queue_sizes`]; all valid and ready.
+    /// One for each of [`VirtioDevice::queue_sizes`]; those in use are valid and
+    /// ready.
     pub queues: Vec<Queue>,
     pub interrupt: Interrupt,
     /// The feature bits that the driver accepted.
@@ -125,14 +165,20 @@ impl Interrupt {
         self.status.load(Ordering::SeqCst)
     }
 
+    /// What raises it.
+    #[cfg(test)]
+    pub(crate) fn irqfd(&self) -> &EventFd {
+        &self.irqfd
+    }
+
+    /// Sets InterruptStatus as it was saved.
+    pub fn set_status(&self, status: u32) {
+        self.status.store(status, Ordering::SeqCst);
+    }
+
     /// InterruptACK: clears the bits that the driver has handled.
     pub fn acknowledge(&self, bits: u32) {
         self.status.fetch_and(!bits, Ordering::SeqCst);
-    }
-
-    /// The descriptor to register with KVM.
-    pub fn irqfd(&self) -> &EventFd {
-        &self.irqfd
     }
 }
 

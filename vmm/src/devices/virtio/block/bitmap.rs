@@ -1,13 +1,24 @@
 //! Which blocks a layer holds.
 //!
-//! The map lives in private memory and not in a shared mapping of the layer
-//! file: a mapping would let the kernel write a bit to disk before the data it
-//! stands for, and after a crash of the host the block would be neither old nor
-//! new. What a page costs is paid when its first bit is set, because a large
-//! zeroed allocation is untouched memory: at most 256 KiB for a disk of 8 GiB
-//! and 32 MiB for one of 1 TiB, and 4 KiB for each 128 MiB written to.
+//! The map of a layer that is written lives in private memory and not in a shared
+//! mapping of the layer file: a mapping would let the kernel write a bit to disk
+//! before the data it stands for, and after a crash of the host the block would
+//! be neither old nor new. What a page costs is paid when its first bit is set,
+//! because a large zeroed allocation is untouched memory: at most 256 KiB for a
+//! disk of 8 GiB and 32 MiB for one of 1 TiB, and 4 KiB for each 128 MiB written
+//! to.
+//!
+//! The map of a frozen layer is just such a mapping, for reading. All who read
+//! the layer share its pages, and to open it costs the same whatever is in it.
+//! Bits that changed under us would show other blocks, and do no harm.
 
+use std::fs::File;
+use std::io;
 use std::ops::Range;
+use std::sync::Arc;
+
+use vm_memory::mmap::{MmapRegionBuilder, MmapRegionError};
+use vm_memory::{FileOffset, MmapRegion, VolatileMemory};
 
 /// The unit in which the map goes to the file, in bytes.
 pub(super) const PAGE_BYTES: usize = 4096;
@@ -20,6 +31,12 @@ pub(super) struct Bitmap {
     /// Pages that differ from the file, a bit each.
     dirty: Vec<u64>,
     present: u64,
+}
+
+/// The map of a layer that is never written, in the layer's file.
+#[derive(Debug)]
+pub(super) struct FrozenBitmap {
+    region: MmapRegion,
 }
 
 // === impl Bitmap ===
@@ -43,18 +60,7 @@ impl Bitmap {
     /// The run of blocks from `start` on, up to `end`, that are all present or
     /// all absent: which of both, and where it ends.
     pub(super) fn run(&self, start: u64, end: u64) -> (bool, u64) {
-        let present = self.words[(start / WORD_BITS) as usize] >> (start % WORD_BITS) & 1 == 1;
-        let mut block = start;
-        while block < end {
-            let word = self.words[(block / WORD_BITS) as usize];
-            let differing = if present { !word } else { word } >> (block % WORD_BITS);
-            if differing != 0 {
-                let run_end = block + u64::from(differing.trailing_zeros());
-                return (present, run_end.min(end));
-            }
-            block = (block / WORD_BITS + 1) * WORD_BITS;
-        }
-        (present, end)
+        run(|index| self.words[index], start, end)
     }
 
     /// Marks blocks as present.
@@ -112,11 +118,69 @@ impl Bitmap {
     /// Whether a block past the first `blocks` is marked, which only a damaged
     /// file can cause.
     pub(super) fn marks_past(&self, blocks: u64) -> bool {
-        let end = self.words.len() as u64 * WORD_BITS;
-        blocks < end && {
-            let (present, run_end) = self.run(blocks, end);
-            present || run_end < end
+        let words = self.words.len() as u64;
+        marks_past(|index| self.words[index], blocks, words)
+    }
+}
+
+// === impl FrozenBitmap ===
+
+impl FrozenBitmap {
+    /// The map of so many blocks that begins at `offset` of a file. The file
+    /// reaches beyond it, and must not be cut while this lives.
+    pub(super) fn map(file: &Arc<File>, offset: u64, blocks: u64) -> io::Result<Self> {
+        let region = MmapRegionBuilder::new(region_bytes(blocks) as usize)
+            .with_mmap_prot(libc::PROT_READ)
+            .with_mmap_flags(libc::MAP_SHARED)
+            .with_file_offset(FileOffset::from_arc(Arc::clone(file), offset))
+            .build()
+            .map_err(|error| match error {
+                MmapRegionError::Mmap(error) => error,
+                other => io::Error::other(other),
+            })?;
+        Ok(Self { region })
+    }
+
+    /// As [`Bitmap::run`].
+    pub(super) fn run(&self, start: u64, end: u64) -> (bool, u64) {
+        run(|index| self.word(index), start, end)
+    }
+
+    /// As [`Bitmap::marks_past`].
+    pub(super) fn marks_past(&self, blocks: u64) -> bool {
+        let words = (self.region.size() / size_of::<u64>()) as u64;
+        marks_past(|index| self.word(index), blocks, words)
+    }
+
+    fn word(&self, index: usize) -> u64 {
+        // Only what is past the map's end has no word.
+        let word = self.region.get_ref::<u64>(index * size_of::<u64>());
+        word.map_or(0, |word| u64::from_le(word.load()))
+    }
+}
+
+fn run(word: impl Fn(usize) -> u64, start: u64, end: u64) -> (bool, u64) {
+    let present = word((start / WORD_BITS) as usize) >> (start % WORD_BITS) & 1 == 1;
+    let mut block = start;
+    while block < end {
+        let word = word((block / WORD_BITS) as usize);
+        let differing = if present { !word } else { word } >> (block % WORD_BITS);
+        if differing != 0 {
+            let run_end = block + u64::from(differing.trailing_zeros());
+            // A mapped word may have changed since it told `present`; a run is
+            // never empty.
+            return (present, run_end.clamp(start + 1, end));
         }
+        block = (block / WORD_BITS + 1) * WORD_BITS;
+    }
+    (present, end)
+}
+
+fn marks_past(word: impl Fn(usize) -> u64, blocks: u64, words: u64) -> bool {
+    let end = words * WORD_BITS;
+    blocks < end && {
+        let (present, run_end) = run(word, blocks, end);
+        present || run_end < end
     }
 }
 
@@ -129,6 +193,7 @@ pub(super) fn region_bytes(blocks: u64) -> u64 {
 mod tests {
     use super::*;
     use proptest::prelude::*;
+    use std::os::unix::fs::FileExt;
 
     #[test]
     fn a_page_costs_nothing_until_it_is_written_and_is_dirty_after() {
@@ -159,6 +224,26 @@ mod tests {
     }
 
     proptest! {
+        #[test]
+        fn a_mapped_map_is_the_one_that_was_written(
+            sets in prop::collection::vec((0..33_000u64, 0..9_000u64), 0..4),
+            queries in prop::collection::vec((0..42_000u64, 1..9_000u64), 1..16),
+        ) {
+            let mut map = Bitmap::new(42_000);
+            for (start, len) in sets {
+                map.set(start..start + len);
+            }
+            let file = tempfile::tempfile().unwrap();
+            let bytes: Vec<u8> = (0..2).flat_map(|page| map.page(page)).collect();
+            file.write_all_at(&bytes, 4096).unwrap();
+            let mapped = FrozenBitmap::map(&Arc::new(file), 4096, 42_000).unwrap();
+            for (start, len) in queries {
+                let end = (start + len).min(42_000);
+                prop_assert_eq!(mapped.run(start, end), map.run(start, end));
+                prop_assert_eq!(mapped.marks_past(start), map.marks_past(start));
+            }
+        }
+
         #[test]
         fn equals_a_vector_of_bools(
             sets in prop::collection::vec((0..500u64, 0..200u64), 0..12),

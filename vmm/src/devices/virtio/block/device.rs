@@ -6,18 +6,22 @@ use virtio_bindings::virtio_blk::{
 };
 use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
-use virtio_queue::QueueT;
+use virtio_queue::{Queue, QueueT};
 
 use super::disk::Disk;
 use super::engine::{Engine, SetupError};
-use super::layer::Layer;
+use super::freeze::{self, Prepared};
 use super::metrics::Metrics;
 use super::queue::{Active, Backend};
 use super::request::{SEGMENTS_MAX, ZERO_MAX_SECTORS};
-use super::{BLOCK_BYTES, BlockConfig, BlockError, ID_MAX_BYTES, QUEUE_SIZE, SECTOR_BYTES};
-use crate::devices::virtio::{
-    ActivateError, Activation, Counters, VirtioDevice, read_config_space,
+use super::{
+    BLOCK_BYTES, BlockConfig, BlockError, BlockState, Freeze, FreezeError, ID_MAX_BYTES,
+    QUEUE_SIZE, SECTOR_BYTES,
 };
+use crate::devices::virtio::{
+    ActivateError, Activation, ChipState, Counters, VirtioDevice, read_config_space,
+};
+use crate::devices::{Chip, StateError};
 use crate::rate_limiter::RateLimiter;
 
 /// The length of `struct virtio_blk_config` up to the write-zeroes fields.
@@ -31,16 +35,19 @@ const LIMITER: usize = 1;
 pub struct Block {
     backend: Backend,
     active: Option<Active>,
+    prepared: Option<Prepared>,
 }
 
 // === impl Block ===
 
 impl Block {
+    pub const QUEUES: usize = 1;
+
     /// Checks the files, lays out the layer if it is empty, and sets up the
     /// ring. Must run before the seccomp filter that denies io_uring_setup.
     pub fn new(config: BlockConfig) -> Result<Self, BlockError> {
         let id = padded_id(&config.id)?;
-        let disk = Disk::new(config.base, config.size_bytes, config.layer)?;
+        let disk = Disk::new(config.base, config.size_bytes, config.frozen, config.layer)?;
         let engine = Engine::new(&disk.files()).map_err(|error| match error {
             SetupError::Unavailable(error) => BlockError::IoUringUnavailable(error),
             SetupError::Failed(error) => BlockError::IoUring(error),
@@ -55,7 +62,53 @@ impl Block {
                 metrics: Metrics::default(),
             },
             active: None,
+            prepared: None,
         })
+    }
+
+    pub fn is_writable(&self) -> bool {
+        self.backend.disk.is_writable()
+    }
+
+    /// How many frozen layers the disk has.
+    pub fn frozen_layers(&self) -> usize {
+        self.backend.disk.frozen.len()
+    }
+
+    /// Does all of a freeze that can fail: writes the layer's record of what is
+    /// present, merges, and lays out the next layer. Nothing of it is made
+    /// durable. Only while quiesced. One of [`Block::commit_freeze`] and
+    /// [`Block::abandon_freeze`] must follow.
+    pub fn prepare_freeze(&mut self, freeze: Freeze) -> Result<(), FreezeError> {
+        if self.active.is_some() || self.prepared.is_some() {
+            return Err(FreezeError::Request("the disk is in use; pause it first"));
+        }
+        let Backend { disk, engine, .. } = &mut self.backend;
+        self.prepared = freeze::prepare(freeze, disk, engine)?;
+        Ok(())
+    }
+
+    /// From now on the disk writes to the next layer, if it was given one.
+    pub fn commit_freeze(&mut self) {
+        if let Some(prepared) = self.prepared.take() {
+            prepared.commit(&mut self.backend.disk, &mut self.backend.engine);
+        }
+    }
+
+    /// The disk goes on as before. Harmless where nothing was prepared.
+    pub fn abandon_freeze(&mut self) {
+        if let Some(prepared) = self.prepared.take() {
+            prepared.abandon(&mut self.backend.engine);
+        }
+    }
+
+    fn state(&self) -> BlockState {
+        let id = self.backend.id.split(|&byte| byte == 0).next();
+        BlockState {
+            id: String::from_utf8_lossy(id.unwrap_or_default()).into_owned(),
+            size_bytes: self.backend.disk.size_bytes(),
+            writable: self.backend.disk.is_writable(),
+        }
     }
 
     fn process(&mut self) {
@@ -168,9 +221,54 @@ impl VirtioDevice for Block {
         }
     }
 
+    fn quiesce(&mut self) -> Vec<Queue> {
+        let active = self.active.take();
+        active
+            .map(|active| active.quiesce(&mut self.backend))
+            .into_iter()
+            .collect()
+    }
+
+    fn save(&self) -> ChipState {
+        ChipState::Block(self.state())
+    }
+
+    fn restore(&mut self, state: ChipState) -> Result<(), StateError> {
+        let ChipState::Block(saved) = state else {
+            return Err(StateError::Kind);
+        };
+        let own = self.state();
+        if saved == own {
+            return Ok(());
+        }
+        Err(StateError::Chip(format!(
+            "the snapshot's disk is {saved}, but {own} was passed; pass the disk that was saved"
+        )))
+    }
+
+    fn chip(&mut self) -> Chip<'_> {
+        Chip::Disk(self)
+    }
+
     fn counters(&self) -> Counters {
-        let layer_blocks = self.backend.disk.layer().map_or(0, Layer::present_blocks);
-        self.backend.metrics.counters(layer_blocks)
+        let Backend { disk, metrics, .. } = &self.backend;
+        let top = disk.top.as_ref();
+        let layer_blocks = top.map_or(0, |top| top.layer.present_blocks());
+        metrics.counters(disk.layers(), layer_blocks)
+    }
+}
+
+// === impl BlockState ===
+
+impl std::fmt::Display for BlockState {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Self {
+            id,
+            size_bytes,
+            writable,
+        } = self;
+        let access = if *writable { "writable" } else { "read-only" };
+        write!(f, "a {access} one of {size_bytes} bytes called {id:?}")
     }
 }
 

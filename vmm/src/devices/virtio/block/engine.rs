@@ -6,6 +6,7 @@
 //! What makes it sound: a piece's buffers live in its slot until its completion
 //! has been taken off the ring, and the ring is drained before the slots go.
 
+use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
 use std::sync::Arc;
@@ -20,6 +21,7 @@ use rustix::fs::FallocateFlags;
 use rustix::io::Errno;
 use vm_memory::{GuestMemoryBackend, GuestMemoryError};
 
+use super::FROZEN_LAYERS_MAX;
 use super::request::Segment;
 use crate::memory::GuestMemory;
 
@@ -31,15 +33,20 @@ const RING_ENTRIES: u32 = 128;
 /// them, and the kernel's default is four for each CPU.
 const WORKERS_MAX: u32 = 4;
 
+/// Files that a ring has room for: the base, the frozen layers and the top; and
+/// the two that a freeze adds before it takes others away.
+const FILES_MAX: usize = 1 + FROZEN_LAYERS_MAX + 1 + 2;
+
+/// `IORING_REGISTER_FILES_UPDATE` of linux/io_uring.h, with which a file of the
+/// ring's table is replaced. Nothing else may be registered with a ring at work.
+pub(crate) const REGISTER_FILES_UPDATE: u8 = 6;
+
 /// How often a piece is tried again when the kernel asks for it.
 const ATTEMPTS_MAX: u8 = 16;
 
-/// The files of a ring, by their place in what [`Engine::new`] registers.
+/// A file of a ring, by its place in the ring's table.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Target {
-    Base = 0,
-    Layer = 1,
-}
+pub(super) struct Target(u32);
 
 /// What the kernel is to do.
 #[derive(Debug)]
@@ -86,6 +93,8 @@ pub(super) struct Engine<T> {
     event: OwnedFd,
     slots: Vec<Option<Slot<T>>>,
     free: Vec<u32>,
+    /// Which places of the ring's table of files are taken, a bit each.
+    files: u32,
 }
 
 struct Slot<T> {
@@ -105,11 +114,22 @@ pub(super) enum SetupError {
 
 impl<T: Copy> Engine<T> {
     /// Makes a ring that can do nothing but what [`Piece`] names, and only on
-    /// these files. The restriction matters because io_uring bypasses seccomp.
+    /// registered files: these, whose targets are [`Target::nth`] in their order,
+    /// and those of [`Engine::add_file`]. The restriction matters because
+    /// io_uring bypasses seccomp. That files may be added later is no way around
+    /// it: they are descriptors that the process has anyway, and seccomp lets it
+    /// do the same four things with any of them.
     ///
     /// The order is the kernel's: restrictions are accepted only while the ring
-    /// is disabled, and afterwards nothing more can be registered.
+    /// is disabled.
     pub(super) fn new(files: &[RawFd]) -> Result<Self, SetupError> {
+        // All places at once, for a table cannot grow. -1 leaves one empty.
+        let mut table = [-1; FILES_MAX];
+        let Some(taken) = table.get_mut(..files.len()) else {
+            let error = io::Error::from_raw_os_error(libc::EMFILE);
+            return Err(SetupError::Failed(error));
+        };
+        taken.copy_from_slice(files);
         let ring = IoUring::builder()
             .setup_r_disabled()
             .build(RING_ENTRIES)
@@ -124,7 +144,7 @@ impl<T: Copy> Engine<T> {
         let event = eventfd(0, flags).map_err(|errno| SetupError::Failed(errno.into()))?;
         let submitter = ring.submitter();
         submitter
-            .register_files(files)
+            .register_files(&table)
             .and_then(|()| submitter.register_eventfd(event.as_raw_fd()))
             .and_then(|()| submitter.register_iowq_max_workers(&mut [WORKERS_MAX, WORKERS_MAX]))
             .and_then(|()| {
@@ -134,6 +154,7 @@ impl<T: Copy> Engine<T> {
                     Restriction::sqe_op(opcode::Fsync::CODE),
                     Restriction::sqe_op(opcode::Fallocate::CODE),
                     Restriction::sqe_flags_required(Flags::FIXED_FILE.bits()),
+                    Restriction::register_op(REGISTER_FILES_UPDATE),
                 ])
             })
             .and_then(|()| submitter.register_enable_rings())
@@ -143,7 +164,29 @@ impl<T: Copy> Engine<T> {
             event,
             slots: (0..RING_ENTRIES).map(|_| None).collect(),
             free: (0..RING_ENTRIES).rev().collect(),
+            files: (1 << files.len()) - 1,
         })
+    }
+
+    /// Adds a file that stays open until [`Engine::remove_file`].
+    pub(super) fn add_file(&mut self, file: &File) -> io::Result<Target> {
+        let place = self.files.trailing_ones();
+        if place as usize >= FILES_MAX {
+            return Err(io::Error::from_raw_os_error(libc::EMFILE));
+        }
+        self.ring
+            .submitter()
+            .register_files_update(place, &[file.as_raw_fd()])?;
+        self.files |= 1 << place;
+        Ok(Target(place))
+    }
+
+    /// Gives up a file, which no piece may name any more.
+    pub(super) fn remove_file(&mut self, target: Target) {
+        // It fails if the kernel is short of memory. The ring then holds on to
+        // the file until another takes its place, and nothing is done with it.
+        let _ = self.ring.submitter().register_files_update(target.0, &[-1]);
+        self.files &= !(1 << target.0);
     }
 
     pub(super) fn has_room(&self) -> bool {
@@ -356,8 +399,13 @@ impl Piece {
 }
 
 impl Target {
+    /// The target of a file by its place in what [`Engine::new`] was given.
+    pub(super) fn nth(place: usize) -> Self {
+        Self(place as u32)
+    }
+
     fn fixed(self) -> Fixed {
-        Fixed(self as u32)
+        Fixed(self.0)
     }
 }
 
@@ -438,9 +486,10 @@ unsafe impl Send for Buffers {}
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::fs::File;
     use std::io::Write;
     use vm_memory::{Bytes, GuestAddress};
+
+    const BASE: Target = Target(0);
 
     /// A read-only file of `bytes` and a writable empty one.
     fn files(bytes: usize) -> (File, File) {
@@ -468,7 +517,7 @@ mod tests {
             len,
         };
         Piece::Read {
-            target: Target::Base,
+            target: BASE,
             offset,
             buffers: Buffers::guest(memory, &[segment]).unwrap(),
         }
@@ -501,13 +550,49 @@ mod tests {
             let completion = engine.ring.completion().next().unwrap();
             assert_eq!(completion.result(), -libc::EACCES, "{entry:?}");
         }
+        let submitter = engine.ring.submitter();
+        assert!(submitter.register_eventfd_async(0).is_err());
+        assert!(submitter.unregister_files().is_err());
+        assert!(submitter.unregister_eventfd().is_err());
+    }
+
+    #[test]
+    fn files_come_and_go_while_the_ring_works() {
+        let mut engine = engine(4096);
+        let memory = memory();
+        let written = tempfile::tempfile().unwrap();
+        written.set_len(4096).unwrap();
+        let read_of = |target| {
+            let Piece::Read {
+                offset, buffers, ..
+            } = read(&memory, 0, 4096)
+            else {
+                unreachable!("the piece is a read");
+            };
+            Piece::Read {
+                target,
+                offset,
+                buffers,
+            }
+        };
+        let mut added = Vec::new();
+        while let Ok(target) = engine.add_file(&written) {
+            engine.push(target.0, read_of(target));
+            added.push(target);
+        }
+        assert_eq!(added.len(), FILES_MAX - 2);
         assert!(
-            engine
-                .ring
-                .submitter()
-                .register_files_update(0, &[0])
-                .is_err()
+            results(&mut engine)
+                .iter()
+                .all(|(_, result)| result.is_ok())
         );
+        engine.remove_file(added[3]);
+        engine.push(0, read_of(added[3]));
+        assert_eq!(results(&mut engine), [(0, Err(Errno::BADF))]);
+        assert_eq!(engine.add_file(&written).unwrap(), added[3]);
+        engine.push(0, read_of(added[3]));
+        assert_eq!(results(&mut engine), [(0, Ok(()))]);
+        assert!(Engine::<()>::new(&[0; FILES_MAX + 1]).is_err());
     }
 
     #[test]
@@ -516,7 +601,7 @@ mod tests {
         engine.push(
             1,
             Piece::Write {
-                target: Target::Base,
+                target: BASE,
                 offset: 0,
                 buffers: Buffers::host(vec![1; 512]),
             },
@@ -544,7 +629,7 @@ mod tests {
             len,
         });
         let mut piece = Piece::Read {
-            target: Target::Base,
+            target: BASE,
             offset: 100,
             buffers: Buffers::guest(&memory, &segments).unwrap(),
         };

@@ -13,29 +13,36 @@
 //! A set bit says that the block's data is durable. So a sync (a guest's flush)
 //! first makes the data durable, then writes the bits, then makes them durable.
 //! A crash at any moment leaves each block either as it was after the last sync
-//! or as it has been written since. A block whose bit was lost is, again, the
-//! base's: what its place in the file holds is never read.
+//! or as it has been written since. A block whose bit was lost is, again, that of
+//! the layer below: what its place in the file holds is never read.
+//!
+//! A freeze writes the bits but makes nothing durable, since a guest stands still
+//! meanwhile; the client does that before it names the snapshot. Between the two,
+//! a crash of the host may leave zeros in a block that the guest has never
+//! flushed. What it has flushed is safe.
 
 use std::fs::File;
 use std::io;
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
+use std::sync::Arc;
 
 use rustix::fs::{FlockOperation, OFlags, SeekFrom, fcntl_getfl, fcntl_lock, seek};
 use rustix::io::Errno;
 
 use super::BLOCK_BYTES;
 use super::bitmap::{self, Bitmap, PAGE_BYTES};
+use super::frozen::FrozenLayer;
 
 const MAGIC: [u8; 8] = *b"SBXLAYER";
 const FORMAT_VERSION: u32 = 1;
 const HEADER_BYTES: usize = 32;
-const BITMAP_START: u64 = BLOCK_BYTES;
+pub(super) const BITMAP_START: u64 = BLOCK_BYTES;
 
-/// A layer, checked and locked.
+/// A layer to be written, checked and locked.
 #[derive(Debug)]
 pub(super) struct Layer {
-    file: File,
+    file: Arc<File>,
     layout: Layout,
     bitmap: Bitmap,
     /// Data was written since the last sync began.
@@ -49,7 +56,7 @@ pub(super) struct Layer {
 
 /// Where things are, which the disk's size alone decides.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Layout {
+pub(super) struct Layout {
     size_bytes: u64,
     data_start: u64,
 }
@@ -66,8 +73,12 @@ pub(super) struct BitmapWrite {
 pub enum LayerError {
     #[error("the layer is not a regular file open for reading and writing; open it so")]
     Access,
+    #[error("the frozen layer is not a regular file open for reading only; open it so")]
+    FrozenAccess,
     #[error("another monitor uses the layer; give each disk a layer of its own")]
     InUse,
+    #[error("the file for a new layer has {0} bytes; pass an empty one")]
+    NotEmpty(u64),
     #[error("the file is not a layer: its magic is {0:02x?}; pass an empty file or a layer")]
     Magic([u8; 8]),
     #[error(
@@ -100,24 +111,17 @@ impl Layer {
     /// Takes an empty file, and makes a layer of it, or an existing layer of a
     /// disk of `size_bytes`, which has been validated by the caller.
     pub(super) fn open(file: File, size_bytes: u64) -> Result<Self, LayerError> {
-        let metadata = file.metadata().map_err(LayerError::Io)?;
-        let flags = fcntl_getfl(&file).map_err(io_error)?;
-        if !metadata.is_file() || flags & OFlags::ACCMODE != OFlags::RDWR {
-            return Err(LayerError::Access);
+        match lock(&file)? {
+            0 => Self::create(file, size_bytes),
+            file_bytes => Self::load(file, size_bytes, file_bytes),
         }
-        // A lock of the process, which ends with it. One of the open file, as
-        // flock(2) takes, would outlive a killed monitor for some milliseconds:
-        // the kernel tears down an io_uring in its own time, and that holds on
-        // to the file.
-        match fcntl_lock(&file, FlockOperation::NonBlockingLockExclusive) {
-            Ok(()) => {}
-            Err(Errno::AGAIN | Errno::ACCESS) => return Err(LayerError::InUse),
-            Err(errno) => return Err(io_error(errno)),
-        }
-        if metadata.len() == 0 {
-            Self::create(file, size_bytes)
-        } else {
-            Self::load(file, size_bytes, metadata.len())
+    }
+
+    /// Makes a layer of an empty file.
+    pub(super) fn open_new(file: File, size_bytes: u64) -> Result<Self, LayerError> {
+        match lock(&file)? {
+            0 => Self::create(file, size_bytes),
+            file_bytes => Err(LayerError::NotEmpty(file_bytes)),
         }
     }
 
@@ -133,25 +137,7 @@ impl Layer {
 
     /// Reads a layer, believing nothing.
     fn load(file: File, size_bytes: u64, file_bytes: u64) -> Result<Self, LayerError> {
-        let mut header = [0; HEADER_BYTES];
-        file.read_exact_at(&mut header, 0)
-            .map_err(|error| match error.kind() {
-                io::ErrorKind::UnexpectedEof => LayerError::Header,
-                _ => LayerError::Io(error),
-            })?;
-        let layout = Layout::from_header(&header)?;
-        if layout.size_bytes != size_bytes {
-            return Err(LayerError::Size {
-                layer_bytes: layout.size_bytes,
-                disk_bytes: size_bytes,
-            });
-        }
-        if file_bytes != layout.file_bytes() {
-            return Err(LayerError::Length {
-                actual: file_bytes,
-                expected: layout.file_bytes(),
-            });
-        }
+        let layout = Layout::read(&file, size_bytes, file_bytes)?;
         let bitmap = read_bitmap(&file, &layout)?;
         if bitmap.marks_past(layout.blocks()) {
             return Err(LayerError::Bitmap);
@@ -161,7 +147,7 @@ impl Layer {
 
     fn new(file: File, layout: Layout, bitmap: Bitmap) -> Self {
         Self {
-            file,
+            file: Arc::new(file),
             layout,
             bitmap,
             unsynced: false,
@@ -180,7 +166,7 @@ impl Layer {
 
     /// Where the byte at `disk_offset` has its place in the file.
     pub(super) fn file_offset(&self, disk_offset: u64) -> u64 {
-        self.layout.data_start + disk_offset
+        self.layout.file_offset(disk_offset)
     }
 
     /// The run from byte `start` of the disk on, up to `end`, that is all in this
@@ -209,8 +195,13 @@ impl Layer {
         }
         // The bits are copied now, since by the time they are written there may
         // be more of them, whose data the barrier before did not cover.
+        Some(self.bitmap_writes(&self.syncing))
+    }
+
+    /// What brings these pages of the bitmap to the file, in few pieces.
+    fn bitmap_writes(&self, pages: &[usize]) -> Vec<BitmapWrite> {
         let mut writes: Vec<BitmapWrite> = Vec::new();
-        for &page in &self.syncing {
+        for &page in pages {
             let offset = BITMAP_START + page as u64 * PAGE_BYTES as u64;
             match writes.last_mut() {
                 Some(write) if write.offset + write.bytes.len() as u64 == offset => {
@@ -222,7 +213,7 @@ impl Layer {
                 }),
             }
         }
-        Some(writes)
+        writes
     }
 
     /// The sync has ended, well or not.
@@ -242,6 +233,52 @@ impl Layer {
     /// Whether a sync has ever failed, after which none can be trusted.
     pub(super) fn has_failed(&self) -> bool {
         self.failed
+    }
+
+    /// Writes the bitmap as it is to the file, and makes nothing durable. Only
+    /// while no write and no sync is under way. If it fails, the next sync or the
+    /// next call has it all to do.
+    pub(super) fn write_bitmap(&mut self) -> io::Result<()> {
+        let pages = self.bitmap.take_dirty();
+        self.unsynced |= !pages.is_empty();
+        let mut writes = self.bitmap_writes(&pages).into_iter();
+        let written = writes
+            .try_for_each(|BitmapWrite { offset, bytes }| self.file.write_all_at(&bytes, offset));
+        if written.is_err() {
+            for page in pages {
+                self.bitmap.mark_dirty(page);
+            }
+        }
+        written
+    }
+
+    /// The layer as it is in its file, once [`Layer::write_bitmap`] has run. It
+    /// stays true for as long as nothing more is written here. It is locked as
+    /// this one is: that bars others from writing to it, and nobody from reading.
+    pub(super) fn frozen(&self) -> Result<FrozenLayer, LayerError> {
+        FrozenLayer::map(Arc::clone(&self.file), self.layout, self.unsynced)
+    }
+}
+
+/// The length of a regular file that is open in the given way, or none.
+pub(super) fn length(file: &File, access: OFlags) -> Result<Option<u64>, LayerError> {
+    let metadata = file.metadata().map_err(LayerError::Io)?;
+    let flags = fcntl_getfl(file).map_err(io_error)?;
+    let fits = metadata.is_file() && flags & OFlags::ACCMODE == access;
+    Ok(fits.then_some(metadata.len()))
+}
+
+/// Takes a file to be written, and nobody else's; its length.
+fn lock(file: &File) -> Result<u64, LayerError> {
+    let file_bytes = length(file, OFlags::RDWR)?.ok_or(LayerError::Access)?;
+    // A lock of the process, which ends with it. One of the open file, as
+    // flock(2) takes, would outlive a killed monitor for some milliseconds: the
+    // kernel tears down an io_uring in its own time, and that holds on to the
+    // file.
+    match fcntl_lock(file, FlockOperation::NonBlockingLockExclusive) {
+        Ok(()) => Ok(file_bytes),
+        Err(Errno::AGAIN | Errno::ACCESS) => Err(LayerError::InUse),
+        Err(errno) => Err(io_error(errno)),
     }
 }
 
@@ -283,12 +320,48 @@ impl Layout {
         }
     }
 
-    fn blocks(&self) -> u64 {
+    /// That of a file of so many bytes, which must be a layer of a disk of
+    /// `size_bytes`.
+    pub(super) fn read(file: &File, size_bytes: u64, file_bytes: u64) -> Result<Self, LayerError> {
+        let mut header = [0; HEADER_BYTES];
+        file.read_exact_at(&mut header, 0)
+            .map_err(|error| match error.kind() {
+                io::ErrorKind::UnexpectedEof => LayerError::Header,
+                _ => LayerError::Io(error),
+            })?;
+        let layout = Self::from_header(&header)?;
+        if layout.size_bytes != size_bytes {
+            return Err(LayerError::Size {
+                layer_bytes: layout.size_bytes,
+                disk_bytes: size_bytes,
+            });
+        }
+        layout.check_length(file_bytes)?;
+        Ok(layout)
+    }
+
+    /// How many blocks the disk has.
+    pub(super) fn blocks(&self) -> u64 {
         self.size_bytes / BLOCK_BYTES
+    }
+
+    /// Where the byte at `disk_offset` has its place in the file.
+    pub(super) fn file_offset(&self, disk_offset: u64) -> u64 {
+        self.data_start + disk_offset
     }
 
     fn file_bytes(&self) -> u64 {
         self.data_start + self.size_bytes
+    }
+
+    /// Whether a file is as long as this calls for.
+    pub(super) fn check_length(&self, actual: u64) -> Result<(), LayerError> {
+        let expected = self.file_bytes();
+        if actual == expected {
+            Ok(())
+        } else {
+            Err(LayerError::Length { actual, expected })
+        }
     }
 
     fn header(&self) -> [u8; HEADER_BYTES] {

@@ -20,7 +20,9 @@ pub(super) struct Metrics {
 // === impl Metrics ===
 
 impl Metrics {
-    pub(super) fn counters(&self, layer_blocks: u64) -> Counters {
+    /// `layers` are the layer files in use, frozen and top; `layer_blocks` what
+    /// the top one holds.
+    pub(super) fn counters(&self, layers: usize, layer_blocks: u64) -> Counters {
         Counters::from([
             ("reads", self.reads),
             ("read_bytes", self.read_bytes),
@@ -31,6 +33,7 @@ impl Metrics {
             ("write_zeroes", self.write_zeroes),
             ("failures", self.failures),
             ("throttled", self.throttled),
+            ("layers", layers as u64),
             ("layer_blocks", layer_blocks),
         ])
     }

@@ -8,8 +8,8 @@ use virtio_bindings::virtio_blk::{VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK, VIRTIO_BL
 use virtio_queue::{Queue, QueueOwnedT, QueueT};
 use vm_memory::{Bytes, GuestAddress};
 
-use super::disk::{Disk, Place};
-use super::engine::{Buffers, Engine, Piece, Target};
+use super::disk::{Disk, Mounted, Place};
+use super::engine::{Buffers, Engine, Piece};
 use super::flush::{Flush, Flushed};
 use super::metrics::Metrics;
 use super::request::{Limits, Operation, Request};
@@ -134,7 +134,27 @@ impl Active {
         // Blocks written by forgotten requests stay what they were before: the
         // driver has been told nothing of them.
         backend.engine.drain(|_, _| ());
-        self.flush.abandon(backend.disk.layer_mut());
+        self.flush.abandon(&mut backend.disk);
+    }
+
+    /// Finishes and answers every request that was started, and gives the queue
+    /// back. The one that waits for the rate limiter goes back to the ring, where
+    /// it is the last that was taken.
+    pub(super) fn quiesce(mut self, backend: &mut Backend) -> Queue {
+        while self.free.len() < self.requests.len() {
+            let mut zeros_left = u64::MAX;
+            self.issue(backend, &mut zeros_left);
+            let mut done = Vec::new();
+            backend
+                .engine
+                .drain(|owner, result| done.push((owner, result)));
+            self.completed(done, backend);
+        }
+        if self.throttled.take().is_some() {
+            self.queue.go_to_previous_position();
+        }
+        self.signal();
+        self.queue
     }
 
     /// Asks the driver to notify us again, unless we could not take what it
@@ -244,7 +264,7 @@ impl Active {
 
     /// Gives the engine as many pieces as it has room for.
     fn issue(&mut self, backend: &mut Backend, zeros_left: &mut u64) {
-        while let Some(flushed) = self.flush.begin(backend.disk.layer_mut()) {
+        while let Some(flushed) = self.flush.begin(&mut backend.disk) {
             self.flushed(flushed, backend);
         }
         while backend.engine.has_room()
@@ -288,17 +308,21 @@ impl Active {
             .engine
             .reap(|owner, result| done.push((owner, result)));
         let any = !done.is_empty();
+        self.completed(done, backend);
+        any
+    }
+
+    fn completed(&mut self, done: Vec<(Owner, Result<(), Errno>)>, backend: &mut Backend) {
         for (owner, result) in done {
             match owner {
                 Owner::Flush => {
-                    if let Some(flushed) = self.flush.piece_done(result, backend.disk.layer_mut()) {
+                    if let Some(flushed) = self.flush.piece_done(result, &mut backend.disk) {
                         self.flushed(flushed, backend);
                     }
                 }
                 Owner::Request(index) => self.piece_done(index, result, backend),
             }
         }
-        any
     }
 
     fn piece_done(&mut self, index: usize, result: Result<(), Errno>, backend: &mut Backend) {
@@ -309,11 +333,8 @@ impl Active {
         match result {
             Ok(()) => {
                 // A write and a hole are one piece, so all of the range is there.
-                if let (Some(range), Some(layer)) = (
-                    in_flight.request.operation.changes(),
-                    backend.disk.layer_mut(),
-                ) {
-                    layer.written(range.clone());
+                if let Some(range) = in_flight.request.operation.changes() {
+                    backend.disk.written(range.clone());
                 }
             }
             // The file system cannot punch holes: Linux then writes zeros.
@@ -432,11 +453,6 @@ impl InFlight {
         zeros_left: &mut u64,
     ) -> Result<Option<Piece>, ()> {
         let start = self.next;
-        let layer_offset = |offset| {
-            disk.layer()
-                .map(|layer| layer.file_offset(offset))
-                .ok_or(())
-        };
         match &self.request.operation {
             Operation::Read(_) => {
                 let extent = disk.resolve(start, self.end);
@@ -458,18 +474,20 @@ impl InFlight {
                 }))
             }
             Operation::Write(_) => {
+                let Mounted { target, layer } = disk.top.as_ref().ok_or(())?;
                 self.next = self.end;
                 Ok(Some(Piece::Write {
-                    target: Target::Layer,
-                    offset: layer_offset(start)?,
+                    target: *target,
+                    offset: layer.file_offset(start),
                     buffers: self.buffers(memory, self.end - start)?,
                 }))
             }
             Operation::Discard(_) | Operation::WriteZeroes(_) => {
+                let Mounted { target, layer } = disk.top.as_ref().ok_or(())?;
                 self.next = self.end;
                 Ok(Some(Piece::PunchHole {
-                    target: Target::Layer,
-                    offset: layer_offset(start)?,
+                    target: *target,
+                    offset: layer.file_offset(start),
                     bytes: self.end - start,
                 }))
             }

@@ -4,7 +4,10 @@ use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRE
 use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
 use vm_memory::Bytes;
 
-use crate::devices::virtio::{ActivateError, Activation, Counters, Interrupt, VirtioDevice};
+use crate::devices::StateError;
+use crate::devices::virtio::{
+    ActivateError, Activation, ChipState, Counters, Interrupt, VirtioDevice,
+};
 use crate::memory::GuestMemory;
 
 const QUEUE_SIZE: u16 = 16;
@@ -36,6 +39,8 @@ struct Active {
 // === impl Rng ===
 
 impl Rng {
+    pub const QUEUES: usize = 1;
+
     pub fn new() -> Self {
         Self::default()
     }
@@ -125,6 +130,26 @@ impl VirtioDevice for Rng {
 
     fn reset(&mut self) {
         self.active = None;
+    }
+
+    fn quiesce(&mut self) -> Vec<Queue> {
+        // Requests are served as they are taken: none is in flight.
+        self.active
+            .take()
+            .map(|active| active.queue)
+            .into_iter()
+            .collect()
+    }
+
+    fn save(&self) -> ChipState {
+        ChipState::Rng
+    }
+
+    fn restore(&mut self, state: ChipState) -> Result<(), StateError> {
+        match state {
+            ChipState::Rng => Ok(()),
+            _ => Err(StateError::Kind),
+        }
     }
 
     fn counters(&self) -> Counters {

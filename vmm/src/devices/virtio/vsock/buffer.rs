@@ -57,6 +57,10 @@ impl Buffer {
         [IoSlice::new(front), IoSlice::new(back)]
     }
 
+    pub(super) fn iter(&self) -> impl Iterator<Item = u8> {
+        self.bytes.iter().copied()
+    }
+
     /// Forgets the oldest `len` bytes.
     pub(super) fn consume(&mut self, len: usize) {
         self.bytes.drain(..len);

@@ -99,6 +99,34 @@ impl Connection {
         connection
     }
 
+    /// A connection from a snapshot, of which [`Self::is_plainly_open`] was true.
+    pub(super) fn restored(key: Key, guest_cid: u64, credit: Credit) -> Self {
+        Self {
+            phase: Phase::Open,
+            credit,
+            opening: None,
+            ..Self::from_host(key, guest_cid, 0)
+        }
+    }
+
+    /// Whether its credit is all there is to know of it.
+    pub(super) fn is_plainly_open(&self) -> bool {
+        self.phase == Phase::Open
+            && self.opening.is_none()
+            && !self.credit_asked
+            && self.starved == Starved::No
+            && self.guest_shut == 0
+            && self.host_shut == 0
+            && !self.guest_gone
+    }
+
+    /// Whether the guest has the connection, and would wait for ever if it were
+    /// forgotten without RST.
+    pub(super) fn guest_knows(&self) -> bool {
+        let unsent = self.phase == Phase::Requested && self.opening.is_some();
+        !self.guest_gone && !unsent
+    }
+
     pub(super) fn phase(&self) -> Phase {
         self.phase
     }
@@ -173,8 +201,7 @@ impl Connection {
 
     /// Ends the connection, with an RST unless the guest knows.
     pub(super) fn kill(&mut self) {
-        if self.phase == Phase::Requested && self.opening.is_some() {
-            // The guest has never heard of it.
+        if !self.guest_knows() {
             self.guest_gone = true;
         }
         self.phase = Phase::Dead;
@@ -357,6 +384,38 @@ mod tests {
         assert_eq!(take(&mut connection, Op::Data), Ok(Incoming::Noted));
         assert_eq!(ops(&mut connection), [Op::Reset]);
         assert!(connection.is_finished());
+    }
+
+    #[test]
+    fn only_plainly_open_connections_are_saved() {
+        let mut connection = Connection::from_guest(&packet(Op::Request), 3, 4096);
+        assert!(!connection.is_plainly_open() && connection.guest_knows());
+        assert_eq!(ops(&mut connection), [Op::Response]);
+        assert!(connection.is_plainly_open());
+
+        let changes: [fn(&mut Connection); 5] = [
+            |connection| connection.shut_host(SHUTDOWN_SEND),
+            |connection| connection.kill(),
+            |connection| connection.lose_guest(),
+            |connection| {
+                take(connection, Op::CreditRequest).unwrap();
+            },
+            |connection| {
+                connection.data_header(1000);
+                connection.want_credit();
+            },
+        ];
+        for change in changes {
+            let mut connection = open();
+            change(&mut connection);
+            assert!(!connection.is_plainly_open());
+            assert_eq!(connection.guest_knows(), !connection.guest_gone());
+        }
+
+        let mut connection = Connection::from_host(KEY, 3, 4096);
+        assert!(!connection.is_plainly_open() && !connection.guest_knows());
+        assert_eq!(ops(&mut connection), [Op::Request]);
+        assert!(!connection.is_plainly_open() && connection.guest_knows());
     }
 
     #[test]

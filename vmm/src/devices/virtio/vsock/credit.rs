@@ -3,6 +3,8 @@
 
 use std::num::Wrapping;
 
+use super::{BUF_ALLOC_BYTES, CreditState, SMALL_BUF_ALLOC_BYTES};
+
 /// Both directions of one connection's credit.
 #[derive(Debug)]
 pub(super) struct Credit {
@@ -27,6 +29,15 @@ pub(super) struct Credit {
 #[error("the guest sent more than its credit allows")]
 pub(super) struct CreditExceeded;
 
+/// Why saved counters cannot be a connection's.
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+pub(super) enum BadCredit {
+    #[error("it promises {0} bytes of room, which no connection does")]
+    Room(u32),
+    #[error("it holds {0} bytes, more than it has room for")]
+    Held(u32),
+}
+
 // === impl Credit ===
 
 impl Credit {
@@ -39,6 +50,40 @@ impl Credit {
             peer_buf_alloc_bytes: 0,
             sent: Wrapping(0),
             peer_forwarded: Wrapping(0),
+        }
+    }
+
+    pub(super) fn save(&self) -> CreditState {
+        CreditState {
+            buf_alloc_bytes: self.buf_alloc_bytes,
+            received: self.received.0,
+            forwarded: self.forwarded.0,
+            announced: self.announced.0,
+            peer_buf_alloc_bytes: self.peer_buf_alloc_bytes,
+            sent: self.sent.0,
+            peer_forwarded: self.peer_forwarded.0,
+        }
+    }
+
+    /// Counters from a snapshot, which is untrusted. What the guest said needs
+    /// no check, and a wrong `announced` costs one update.
+    pub(super) fn restore(state: &CreditState) -> Result<Self, BadCredit> {
+        let room = state.buf_alloc_bytes;
+        if !(SMALL_BUF_ALLOC_BYTES..=BUF_ALLOC_BYTES).contains(&room) {
+            return Err(BadCredit::Room(room));
+        }
+        let credit = Self {
+            buf_alloc_bytes: room,
+            received: Wrapping(state.received),
+            forwarded: Wrapping(state.forwarded),
+            announced: Wrapping(state.announced),
+            peer_buf_alloc_bytes: state.peer_buf_alloc_bytes,
+            sent: Wrapping(state.sent),
+            peer_forwarded: Wrapping(state.peer_forwarded),
+        };
+        match credit.held_bytes() {
+            held if held > room => Err(BadCredit::Held(held)),
+            _ => Ok(credit),
         }
     }
 
@@ -138,6 +183,33 @@ mod tests {
         assert_eq!(credit.sendable_bytes(), 0);
         credit.update_peer(100, 450);
         assert_eq!(credit.sendable_bytes(), 50);
+    }
+
+    #[test]
+    fn saved_counters_are_checked() {
+        let mut credit = Credit::new(BUF_ALLOC_BYTES);
+        credit.received = Wrapping(10);
+        credit.forwarded = Wrapping(u32::MAX - 9);
+        credit.update_peer(7, 8);
+        let state = credit.save();
+        assert_eq!(Credit::restore(&state).unwrap().save(), state);
+        assert_eq!(Credit::restore(&state).unwrap().held_bytes(), 20);
+
+        for room in [0, SMALL_BUF_ALLOC_BYTES - 1, BUF_ALLOC_BYTES + 1] {
+            let bad = CreditState {
+                buf_alloc_bytes: room,
+                ..state
+            };
+            assert_eq!(Credit::restore(&bad).unwrap_err(), BadCredit::Room(room));
+        }
+        let bad = CreditState {
+            received: state.forwarded.wrapping_sub(1),
+            ..state
+        };
+        assert_eq!(
+            Credit::restore(&bad).unwrap_err(),
+            BadCredit::Held(u32::MAX)
+        );
     }
 
     proptest! {

@@ -8,12 +8,13 @@ use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 use virtio_queue::{Queue, QueueOwnedT, QueueT};
 
 use super::super::{
-    ActivateError, Activation, Counters, Interrupt, VirtioDevice, read_config_space,
+    ActivateError, Activation, ChipState, Counters, Interrupt, VirtioDevice, read_config_space,
 };
-use super::VsockConfig;
 use super::chain::Buffers;
 use super::muxer::{Muxer, Output};
 use super::packet::{HEADER_LEN, Header, Key};
+use super::{Spare, VsockConfig};
+use crate::devices::{Chip, StateError};
 use crate::memory::GuestMemory;
 
 /// The queues that are served on notification; the third is for events
@@ -43,6 +44,7 @@ struct Active {
     memory: GuestMemory,
     rx: Queue,
     tx: Queue,
+    /// Where events would go (section 5.10.6.7). None ever happens.
     event: Queue,
     interrupt: Interrupt,
 }
@@ -58,6 +60,8 @@ pub enum NewVsockError {
 // === impl Vsock ===
 
 impl Vsock {
+    pub const QUEUES: usize = QUEUE_SIZES.len();
+
     pub fn new(config: VsockConfig) -> Result<Self, NewVsockError> {
         // CIDs have 32 bits in use; the last is VMADDR_CID_ANY (section 5.10.4).
         if !(FIRST_GUEST_CID..u64::from(u32::MAX)).contains(&config.guest_cid) {
@@ -158,35 +162,23 @@ impl Vsock {
         }
     }
 
-    /// Tells the driver that all its connections are gone and that its CID may
-    /// have changed (VIRTIO_VSOCK_EVENT_TRANSPORT_RESET, section 5.10.6.7): for
-    /// a guest restored without the host's ends. Gives whether the driver had a
-    /// buffer for it.
-    pub fn send_transport_reset(&mut self) -> bool {
-        use vm_memory::Bytes as _;
-        const TRANSPORT_RESET: u32 = 0;
+    /// Asks the guest for `count` connections that only clones of this machine
+    /// will use. Those that it has accepted by then are part of every snapshot;
+    /// a reset of the driver ends them.
+    ///
+    /// `NotConnected` if the driver is not ready, `InvalidInput` for what is no
+    /// port or more than [`MAX_SPARES`](super::MAX_SPARES), `ResourceBusy` if
+    /// there would be too many together with those that exist.
+    pub fn open_spares(&mut self, guest_port: u32, count: u32) -> io::Result<()> {
+        let opened = self.muxer.open_spares(guest_port, count);
+        self.process_rx();
+        opened
+    }
 
-        let Some(active) = &mut self.active else {
-            return false;
-        };
-        let memory = &active.memory;
-        let Some(mut chain) = active.event.pop_descriptor_chain(memory) else {
-            return false;
-        };
-        let head_index = chain.head_index();
-        let written = chain.next().is_some_and(|descriptor| {
-            descriptor.is_write_only()
-                && descriptor.len() as usize >= size_of_val(&TRANSPORT_RESET)
-                && memory
-                    .write_slice(&TRANSPORT_RESET.to_le_bytes(), descriptor.addr())
-                    .is_ok()
-        });
-        let len = if written { 4 } else { 0 };
-        let _ = active.event.add_used(memory, head_index, len);
-        if active.event.needs_notification(memory).unwrap_or(true) {
-            active.interrupt.signal_used_queue();
-        }
-        written
+    /// The host's ends of the spare connections that were restored, once, in
+    /// the order of the state.
+    pub fn take_spares(&mut self) -> Vec<Spare> {
+        self.muxer.take_spares()
     }
 
     #[cfg(test)]
@@ -248,7 +240,7 @@ impl VirtioDevice for Vsock {
                 // Answers, and credit for what the host took.
                 self.process_rx();
             }
-            // Buffers for events that have not happened.
+            // Buffers for events.
             _ => {}
         }
     }
@@ -264,6 +256,31 @@ impl VirtioDevice for Vsock {
     fn reset(&mut self) {
         self.muxer.stop();
         self.active = None;
+    }
+
+    /// Nothing is ever in flight but in the rings: what was not yet popped is
+    /// served when the transport notifies all queues again.
+    fn quiesce(&mut self) -> Vec<Queue> {
+        self.muxer.pause();
+        self.active
+            .take()
+            .map(|active| vec![active.rx, active.tx, active.event])
+            .unwrap_or_default()
+    }
+
+    fn save(&self) -> ChipState {
+        ChipState::Vsock(self.muxer.save())
+    }
+
+    fn restore(&mut self, state: ChipState) -> Result<(), StateError> {
+        match state {
+            ChipState::Vsock(state) => self.muxer.restore(state),
+            _ => Err(StateError::Kind),
+        }
+    }
+
+    fn chip(&mut self) -> Chip<'_> {
+        Chip::Vsock(self)
     }
 
     fn counters(&self) -> Counters {

@@ -1,6 +1,7 @@
 //! A connection and its host stream together: what happens at one end, carried
 //! to the other.
 
+use std::os::fd::OwnedFd;
 use std::time::Instant;
 
 use vm_memory::VolatileSlice;
@@ -8,6 +9,7 @@ use vm_memory::VolatileSlice;
 use super::connection::{Connection, Incoming, Phase};
 use super::packet::{Header, Key, Op, SHUTDOWN_BOTH, SHUTDOWN_RECEIVE, SHUTDOWN_SEND};
 use super::reactor::Ready;
+use super::socket;
 use super::stream::{Received, Stream};
 use super::{CLOSE_TIMEOUT, CONNECT_TIMEOUT, LINGER_TIMEOUT};
 
@@ -29,6 +31,8 @@ pub(super) struct Link {
     read_chains: usize,
     /// It ends out of order.
     pub(super) aborted: bool,
+    /// The host's end of a spare connection, which nobody has yet.
+    far_end: Option<OwnedFd>,
 }
 
 // === impl Link ===
@@ -49,6 +53,51 @@ impl Link {
             queued: false,
             read_chains: 1,
             aborted: false,
+            far_end: None,
+        }
+    }
+
+    /// A connection that the device asks for and keeps both host ends of.
+    pub(super) fn spare(
+        connection: Connection,
+        stream: Stream,
+        far_end: OwnedFd,
+        now: Instant,
+    ) -> Self {
+        Self {
+            far_end: Some(far_end),
+            ..Self::from_host(connection, stream, now)
+        }
+    }
+
+    /// A spare connection of a snapshot, whose host's end is given away.
+    pub(super) fn restored(connection: Connection, stream: Stream) -> Self {
+        Self::from_guest(connection, stream)
+    }
+
+    pub(super) fn is_spare(&self) -> bool {
+        self.far_end.is_some()
+    }
+
+    /// What a snapshot keeps: all that the guest has sent, if the connection is
+    /// a spare one, in use by neither side and with no more than `max_bytes`.
+    pub(super) fn unread(&self, max_bytes: usize) -> Option<Vec<u8>> {
+        let (far_end, stream) = (self.far_end.as_ref()?, self.stream.as_ref()?);
+        if !self.connection.is_plainly_open() {
+            return None;
+        }
+        let mut unread = socket::peek(far_end, max_bytes)?;
+        if unread.len() + stream.buffered_bytes() > max_bytes {
+            return None;
+        }
+        unread.extend(stream.buffered());
+        Some(unread)
+    }
+
+    /// Gives what waits for the guest until `deadline`, at least.
+    pub(super) fn extend(&mut self, deadline: Instant) {
+        if let Some(own) = &mut self.deadline {
+            *own = deadline.max(*own);
         }
     }
 
@@ -73,6 +122,8 @@ impl Link {
                 self.write(taken, data);
             }
             Ok(Incoming::Accepted) => self.accept(key),
+            // Half a spare connection is of no use.
+            Ok(Incoming::Shutdown) if self.is_spare() => self.connection.kill(),
             Ok(Incoming::Shutdown) => {}
             Ok(Incoming::Reset) => self.receive_reset(),
             Err(_) => self.abort(),
@@ -93,9 +144,13 @@ impl Link {
         }
     }
 
-    /// The guest has accepted: the client learns it before any of its bytes.
+    /// The guest has accepted: the client learns it before any of its bytes. A
+    /// spare connection has no client to tell.
     fn accept(&mut self, key: Key) {
         self.deadline = None;
+        if self.is_spare() {
+            return;
+        }
         let line = format!("OK {}\n", key.host_port);
         if let Some(stream) = &mut self.stream
             && stream.greet(line.as_bytes()).is_err()

@@ -25,9 +25,14 @@ pub(super) struct Metrics {
 // === impl Metrics ===
 
 impl Metrics {
-    /// With the gauges: connections that exist, and bytes that wait for the
-    /// host's readers.
-    pub(super) fn counters(&self, connections_open: usize, buffered_bytes: usize) -> Counters {
+    /// With the gauges: connections that exist, those of them that a snapshot
+    /// would keep for its clones, and bytes that wait for the host's readers.
+    pub(super) fn counters(
+        &self,
+        connections_open: usize,
+        spares_open: usize,
+        buffered_bytes: usize,
+    ) -> Counters {
         Counters::from([
             ("rx_bytes", self.rx_bytes),
             ("tx_bytes", self.tx_bytes),
@@ -35,6 +40,7 @@ impl Metrics {
             ("tx_packets", self.tx_packets),
             ("connections_opened", self.connections_opened),
             ("connections_open", connections_open as u64),
+            ("spares_open", spares_open as u64),
             ("connections_reset", self.connections_reset),
             ("buffered_bytes", buffered_bytes as u64),
             ("handshakes_refused", self.handshakes_refused),

@@ -12,6 +12,9 @@
 //!  guest ◄─ rx queue ─── device ◄── muxer ◄── connection ◄── stream ◄── host
 //! ```
 //!
+//! Spare connections, which the device opens itself, go on in the clones of a
+//! machine. The clone's guest gets RST for all others that it had.
+//!
 //! Bytes move once in each direction: `sendmsg` from the guest's TX buffers,
 //! `recvmsg` into its RX buffers. Only what a slow host reader cannot take is
 //! copied, into a buffer bounded by the credit that the guest was given.
@@ -21,6 +24,8 @@
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixListener;
 use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
 
 mod buffer;
 mod chain;
@@ -45,6 +50,13 @@ pub const HOST_CID: u64 = 2;
 
 /// Connections of a guest, those being closed included. One more gets RST.
 pub const MAX_CONNECTIONS: usize = 1023;
+
+/// Spare connections at a time.
+pub const MAX_SPARES: usize = 16;
+
+/// What a snapshot keeps of the bytes that a guest has sent on a spare
+/// connection. One with more is lost to clones.
+const MAX_UNREAD_BYTES: usize = 64 * 1024;
 
 /// Clients that have not finished writing their CONNECT line. More wait in the
 /// listener's backlog.
@@ -82,6 +94,54 @@ pub struct VsockConfig {
     /// Called for every connection that the guest opens, under the device's
     /// lock: it must not block.
     pub on_guest_connection: OnGuestConnection,
+}
+
+/// What is saved of the vsock device.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VsockState {
+    pub guest_cid: u64,
+    /// Where the search for a free port of the host goes on.
+    pub next_host_port: u32,
+    /// Connections that a restored guest keeps.
+    pub spares: Vec<SpareState>,
+    /// Connections that a restored guest is told are reset.
+    pub lost: Vec<Ports>,
+}
+
+/// The two ends of a connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Ports {
+    pub host_port: u32,
+    pub guest_port: u32,
+}
+
+/// An open connection whose host's end nobody has.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SpareState {
+    pub ports: Ports,
+    pub credit: CreditState,
+    /// What the guest has sent, and the host has yet to read: first what
+    /// `credit` counts as forwarded, then all that it does not.
+    pub unread: Vec<u8>,
+}
+
+/// The counters of a connection's flow control (section 5.10.6.3), modulo 2³².
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CreditState {
+    pub buf_alloc_bytes: u32,
+    pub received: u32,
+    pub forwarded: u32,
+    pub announced: u32,
+    pub peer_buf_alloc_bytes: u32,
+    pub sent: u32,
+    pub peer_forwarded: u32,
+}
+
+/// The host's end of a spare connection: a blocking `SOCK_STREAM` Unix socket.
+#[derive(Debug)]
+pub struct Spare {
+    pub guest_port: u32,
+    pub stream: OwnedFd,
 }
 
 pub type OnGuestConnection = Box<dyn FnMut(GuestConnection) -> Admission + Send>;

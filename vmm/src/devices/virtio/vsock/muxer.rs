@@ -7,7 +7,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixListener;
 use std::time::Instant;
 
-use rustix::net::{AddressFamily, SocketFlags, SocketType};
+use rustix::net::SocketFlags;
 use vm_memory::VolatileSlice;
 
 use super::super::Counters;
@@ -19,12 +19,17 @@ use super::packet::{Header, Key, Op, TYPE_STREAM};
 use super::reactor::{NO_PORT, Reactor, Ready, Token};
 use super::stream::Stream;
 use super::{
-    ACCEPT_RETRY, Admission, BUF_ALLOC_BYTES, GuestConnection, HANDSHAKE_TIMEOUT, HOST_CID,
-    LARGE_BUFFERS, MAX_CONNECTIONS, MAX_HANDSHAKES, SMALL_BUF_ALLOC_BYTES, VsockConfig,
+    ACCEPT_RETRY, Admission, BUF_ALLOC_BYTES, CONNECT_TIMEOUT, GuestConnection, HANDSHAKE_TIMEOUT,
+    HOST_CID, LARGE_BUFFERS, MAX_CONNECTIONS, MAX_HANDSHAKES, SMALL_BUF_ALLOC_BYTES, Spare,
+    VsockConfig, socket,
 };
 
+mod spares;
+mod state;
+
 /// RSTs that wait for an RX buffer and belong to no connection. A guest that
-/// causes more without reading any loses some.
+/// causes more without reading any loses some. A restored guest is told of all
+/// lost connections at once.
 const MAX_RESETS: usize = 1024;
 
 /// Ports of the host's ends of connections that the host opened: above those
@@ -40,6 +45,8 @@ pub(super) struct Muxer {
     reactor: Reactor,
     /// The driver is ready. Until then clients wait in the backlog.
     active: bool,
+    /// The guest stands still, and no deadline counts against it.
+    paused: bool,
     listening: bool,
     /// The process was out of descriptors: accept no more until then.
     accept_after: Option<Instant>,
@@ -49,6 +56,8 @@ pub(super) struct Muxer {
     ready: VecDeque<Key>,
     resets: VecDeque<Header>,
     next_host_port: u32,
+    /// The host's ends of restored spare connections, until they are taken.
+    restored: Vec<Spare>,
     pub(super) metrics: Metrics,
 }
 
@@ -75,6 +84,7 @@ impl Muxer {
             config,
             reactor: Reactor::new()?,
             active: false,
+            paused: false,
             listening: false,
             accept_after: None,
             handshakes: Vec::new(),
@@ -82,6 +92,7 @@ impl Muxer {
             ready: VecDeque::new(),
             resets: VecDeque::new(),
             next_host_port: FIRST_HOST_PORT,
+            restored: Vec::new(),
             metrics: Metrics::default(),
         })
     }
@@ -101,24 +112,45 @@ impl Muxer {
             .values()
             .filter_map(|link| link.stream.as_ref());
         let buffered_bytes = streams.map(Stream::buffered_bytes).sum();
-        self.metrics
-            .counters(self.connections.len(), buffered_bytes)
+        self.metrics.counters(
+            self.connections.len(),
+            self.open_spare_count(),
+            buffered_bytes,
+        )
     }
 
-    /// The driver is ready: clients are let in.
+    /// The driver is ready: clients are let in. After a pause, nobody is late who
+    /// could not have been in time.
     pub(super) fn start(&mut self) {
+        let now = Instant::now();
         self.active = true;
-        self.update_listening(Instant::now());
+        if self.paused {
+            self.paused = false;
+            let handshakes = self.handshakes.iter_mut().flatten();
+            handshakes.for_each(|slot| slot.deadline = slot.deadline.max(now + HANDSHAKE_TIMEOUT));
+            let links = self.connections.values_mut();
+            links.for_each(|link| link.extend(now + CONNECT_TIMEOUT));
+            self.expire(now);
+        }
+        self.update_listening(now);
+    }
+
+    /// The guest stands still until the next [`Self::start`]. The host's side
+    /// goes on, as far as it can without guest memory.
+    pub(super) fn pause(&mut self) {
+        self.paused = true;
     }
 
     /// The driver is gone: closes everything but the listener.
     pub(super) fn stop(&mut self) {
         self.active = false;
+        self.paused = false;
         self.accept_after = None;
         self.handshakes = Vec::new();
         self.connections = BTreeMap::new();
         self.ready = VecDeque::new();
         self.resets = VecDeque::new();
+        self.restored = Vec::new();
         self.reactor.disarm();
         self.update_listening(Instant::now());
     }
@@ -298,11 +330,14 @@ impl Muxer {
                 self.metrics.handshakes_refused += 1;
             }
         }
-        let expired: Vec<Key> = self
+        let deadlines = self
             .connections
             .iter()
-            .filter(|(_, link)| link.deadline().is_some_and(|deadline| deadline <= now))
-            .map(|(key, _)| *key)
+            .filter(|_| !self.paused)
+            .filter_map(|(key, link)| Some((*key, link.deadline()?)));
+        let expired: Vec<Key> = deadlines
+            .filter(|(_, deadline)| *deadline <= now)
+            .map(|(key, _)| key)
             .collect();
         for key in expired {
             if let Some(link) = self.connections.get_mut(&key) {
@@ -311,7 +346,11 @@ impl Muxer {
             }
         }
         let handshakes = self.handshakes.iter().flatten().map(|slot| slot.deadline);
-        let links = self.connections.values().filter_map(Link::deadline);
+        let links = self
+            .connections
+            .values()
+            .filter(|_| !self.paused)
+            .filter_map(Link::deadline);
         let next = handshakes.chain(links).chain(self.accept_after).min();
         if let Some(next) = next {
             self.reactor.arm(next, now);
@@ -389,12 +428,7 @@ impl Muxer {
 
     fn open_for_guest(&mut self, request: &Header) -> io::Result<()> {
         let key = request.key();
-        let (ours, theirs) = rustix::net::socketpair(
-            AddressFamily::UNIX,
-            SocketType::STREAM,
-            SocketFlags::CLOEXEC,
-            None,
-        )?;
+        let (ours, theirs) = socket::pair()?;
         self.reactor.watch_stream(&ours, Token::Connection(key))?;
         let admission = (self.config.on_guest_connection)(GuestConnection {
             host_port: key.host_port,
@@ -417,8 +451,12 @@ impl Muxer {
         if header.op == Op::Reset as u16 {
             return;
         }
+        self.push_reset(header.reset_reply());
+    }
+
+    fn push_reset(&mut self, reset: Header) {
         if self.resets.len() < MAX_RESETS {
-            self.resets.push_back(header.reset_reply());
+            self.resets.push_back(reset);
         } else {
             self.metrics.dropped_resets += 1;
         }

@@ -2,6 +2,8 @@
 
 use virtio_vsock::packet::PKT_HEADER_SIZE;
 
+use super::{HOST_CID, Ports};
+
 pub(super) const HEADER_LEN: usize = PKT_HEADER_SIZE;
 
 /// The only socket type offered (VIRTIO_VSOCK_TYPE_STREAM).
@@ -81,6 +83,24 @@ impl Key {
     }
 }
 
+impl From<Key> for Ports {
+    fn from(key: Key) -> Self {
+        Self {
+            host_port: key.host_port,
+            guest_port: key.guest_port,
+        }
+    }
+}
+
+impl From<Ports> for Key {
+    fn from(ports: Ports) -> Self {
+        Self {
+            host_port: ports.host_port,
+            guest_port: ports.guest_port,
+        }
+    }
+}
+
 // === impl Header ===
 
 impl Header {
@@ -119,6 +139,19 @@ impl Header {
         Key {
             host_port: self.dst_port,
             guest_port: self.src_port,
+        }
+    }
+
+    /// An RST for a connection of the guest's.
+    pub(super) fn reset(key: Key, guest_cid: u64) -> Self {
+        Self {
+            src_cid: HOST_CID,
+            dst_cid: guest_cid,
+            src_port: key.host_port,
+            dst_port: key.guest_port,
+            kind: TYPE_STREAM,
+            op: Op::Reset as u16,
+            ..Self::default()
         }
     }
 

@@ -5,8 +5,10 @@
 //! are a page each, so that a call for each would be most of the cost.
 
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd};
+use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 
+use rustix::io::Errno;
+use rustix::net::{AddressFamily, RecvFlags, SocketFlags, SocketType};
 use vm_memory::VolatileSlice;
 
 /// Slices that one call takes (IOV_MAX).
@@ -57,6 +59,34 @@ pub(super) fn send(socket: BorrowedFd<'_>, from: &[VolatileSlice<'_>]) -> io::Re
             )
         }
     })
+}
+
+/// The device's end of a stream and the host's: blocking, close-on-exec.
+pub(super) fn pair() -> io::Result<(OwnedFd, OwnedFd)> {
+    Ok(rustix::net::socketpair(
+        AddressFamily::UNIX,
+        SocketType::STREAM,
+        SocketFlags::CLOEXEC,
+        None,
+    )?)
+}
+
+/// All that can be read from the socket, which keeps it. `None`: it is more than
+/// `max_bytes`, or ends there.
+pub(super) fn peek(socket: &OwnedFd, max_bytes: usize) -> Option<Vec<u8>> {
+    let mut bytes = vec![0; max_bytes + 1];
+    let flags = RecvFlags::DONTWAIT | RecvFlags::PEEK;
+    let len = loop {
+        match rustix::net::recv(socket, &mut bytes[..], flags) {
+            Ok((0, _)) => return None,
+            Ok((len, _)) => break len,
+            Err(Errno::AGAIN) => break 0,
+            Err(Errno::INTR) => {}
+            Err(_) => return None,
+        }
+    };
+    bytes.truncate(len);
+    (len <= max_bytes).then_some(bytes)
 }
 
 fn message(slices: &mut [libc::iovec]) -> libc::msghdr {

@@ -79,6 +79,11 @@ impl Stream {
         self.buffer.len()
     }
 
+    /// What waits for the host's reader, oldest first.
+    pub(super) fn buffered(&self) -> impl Iterator<Item = u8> {
+        self.buffer.iter()
+    }
+
     /// Writes `data`, after what waits. Gives the bytes that left; the rest is
     /// kept.
     pub(super) fn write(&mut self, data: &[VolatileSlice<'_>]) -> Result<usize, HostGone> {

@@ -3,6 +3,7 @@
 use std::fs::{File, OpenOptions};
 use std::io::Write;
 use std::os::unix::fs::FileExt;
+use std::path::PathBuf;
 
 use tempfile::TempDir;
 use virtio_bindings::virtio_blk::{
@@ -14,10 +15,11 @@ use virtio_bindings::virtio_blk::{
 use vm_memory::{Bytes, GuestAddress};
 
 use super::*;
-use crate::devices::virtio::VirtioDevice;
 use crate::devices::virtio::testing::{self, Driver, readable, writable};
+use crate::devices::virtio::{Activation, VirtioDevice};
 use crate::memory::GuestMemory;
 
+mod freeze;
 mod hostile;
 mod layers;
 mod model;
@@ -40,6 +42,12 @@ const UNSUPP: u8 = VIRTIO_BLK_S_UNSUPP as u8;
 struct Files {
     folder: TempDir,
     size_bytes: u64,
+    /// Names of the frozen layers, root first.
+    frozen: Vec<String>,
+    /// The name of the top layer.
+    top: String,
+    /// Layers made.
+    made: u32,
 }
 
 /// A guest with one disk.
@@ -58,6 +66,9 @@ impl Files {
         let files = Self {
             folder: tempfile::tempdir().unwrap(),
             size_bytes,
+            frozen: Vec::new(),
+            top: "layer".into(),
+            made: 0,
         };
         let mut base = File::create(files.folder.path().join("base")).unwrap();
         base.write_all(&Self::base_contents(base_bytes)).unwrap();
@@ -78,10 +89,75 @@ impl Files {
         std::fs::read(self.folder.path().join("base")).unwrap()
     }
 
-    fn layer(&self) -> File {
+    fn path(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    fn writable(&self, name: &str) -> File {
         let mut options = OpenOptions::new();
         options.read(true).write(true).create(true).truncate(false);
-        options.open(self.folder.path().join("layer")).unwrap()
+        options.open(self.path(name)).unwrap()
+    }
+
+    /// The top layer's file.
+    fn layer(&self) -> File {
+        self.writable(&self.top)
+    }
+
+    /// The name of a layer that there is not yet.
+    fn new_name(&mut self) -> String {
+        self.made += 1;
+        format!("layer.{}", self.made)
+    }
+
+    /// A read-only disk of these layers.
+    fn config_of(&self, frozen: &[String]) -> BlockConfig {
+        let open = |name: &String| File::open(self.path(name)).unwrap();
+        BlockConfig {
+            frozen: frozen.iter().map(open).collect(),
+            layer: None,
+            ..self.config()
+        }
+    }
+
+    /// Freezes the disk of a guest, whose files these are, and returns the layers
+    /// of the snapshot.
+    fn freeze(
+        &mut self,
+        guest: &mut Guest,
+        next: bool,
+        keep: Option<usize>,
+    ) -> Result<Vec<String>, FreezeError> {
+        let queues = guest.block.quiesce();
+        let result = self.freeze_quiesced(&mut guest.block, next, keep);
+        guest.resume(queues);
+        result
+    }
+
+    fn freeze_quiesced(
+        &mut self,
+        block: &mut Block,
+        next: bool,
+        keep: Option<usize>,
+    ) -> Result<Vec<String>, FreezeError> {
+        let next = next.then(|| self.new_name());
+        let merged = keep.map(|keep| (self.new_name(), keep));
+        block.prepare_freeze(Freeze {
+            next: next.as_ref().map(|name| self.writable(name)),
+            merge: merged.as_ref().map(|(name, keep)| Merge {
+                file: self.writable(name),
+                keep: *keep,
+            }),
+        })?;
+        block.commit_freeze();
+        let (newest, keep) = merged.unwrap_or((self.top.clone(), self.frozen.len()));
+        let mut chain = self.frozen[..keep].to_vec();
+        chain.push(newest);
+        if let Some(next) = next {
+            self.frozen.clone_from(&chain);
+            self.top = next;
+        }
+        Ok(chain)
     }
 
     fn config(&self) -> BlockConfig {
@@ -89,6 +165,11 @@ impl Files {
             id: "root".into(),
             size_bytes: self.size_bytes,
             base: self.base(),
+            frozen: self
+                .frozen
+                .iter()
+                .map(|name| File::open(self.path(name)).unwrap())
+                .collect(),
             layer: Some(self.layer()),
             rate_limit: RateLimit::default(),
         }
@@ -121,6 +202,15 @@ impl Guest {
             features,
             made: 0,
         }
+    }
+
+    /// Has a quiesced disk go on with its queues.
+    fn resume(&mut self, queues: Vec<virtio_queue::Queue>) {
+        let activation = Activation {
+            queues,
+            ..self.driver.activation(self.features)
+        };
+        self.block.activate(activation).unwrap();
     }
 
     /// Makes a request available without telling the device; where its status

@@ -32,6 +32,21 @@ enum Step {
     Reopen,
     /// The guest resets the device.
     Reset,
+    /// The disk comes to rest with requests in flight, and goes on.
+    Quiesce {
+        block: u64,
+        fill: u8,
+    },
+    /// A snapshot, merged from some layer on or not, after which the disk has a
+    /// new layer or not.
+    Freeze {
+        next: bool,
+        keep: Option<prop::sample::Index>,
+    },
+    /// A snapshot that fails elsewhere.
+    AbandonedFreeze {
+        keep: Option<prop::sample::Index>,
+    },
 }
 
 fn step() -> impl Strategy<Value = Step> {
@@ -46,6 +61,11 @@ fn step() -> impl Strategy<Value = Step> {
         2 => Just(Step::Flush),
         1 => Just(Step::Reopen),
         1 => Just(Step::Reset),
+        2 => (0..BLOCKS, any::<u8>()).prop_map(|(block, fill)| Step::Quiesce { block, fill }),
+        3 => (prop::bool::weighted(0.8), prop::option::weighted(0.3, any::<prop::sample::Index>()))
+            .prop_map(|(next, keep)| Step::Freeze { next, keep }),
+        1 => prop::option::of(any::<prop::sample::Index>())
+            .prop_map(|keep| Step::AbandonedFreeze { keep }),
     ]
 }
 
@@ -53,11 +73,17 @@ fn bytes(block: u64, blocks: u64) -> std::ops::Range<usize> {
     block as usize * BLOCK..(block + blocks) as usize * BLOCK
 }
 
+/// What a disk of these layers reads.
+fn contents(files: &Files, frozen: &[String]) -> Vec<u8> {
+    let mut guest = Guest::new(files.config_of(frozen));
+    guest.read(0, (BLOCKS * BLOCK_BYTES) as usize)
+}
+
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(64))]
+    #![proptest_config(ProptestConfig::with_cases(128))]
     #[test]
     fn equals_a_flat_vector(steps in prop::collection::vec(step(), 1..40)) {
-        let files = Files::new(BASE_BLOCKS * BLOCK_BYTES, BLOCKS * BLOCK_BYTES);
+        let mut files = Files::new(BASE_BLOCKS * BLOCK_BYTES, BLOCKS * BLOCK_BYTES);
         let base = files.base_bytes();
         let mut model = base.clone();
         model.resize((BLOCKS * BLOCK_BYTES) as usize, 0);
@@ -66,6 +92,8 @@ proptest! {
         // it has seen that it is one of both.
         let mut flushed = model.clone();
         let mut guest = Guest::new(files.config());
+        // Layers that are never written again, and what the guest had then.
+        let mut snapshots: Vec<(Vec<String>, Vec<u8>)> = Vec::new();
         for step in steps {
             match step {
                 Step::Write { block, blocks, fill } => {
@@ -110,7 +138,54 @@ proptest! {
                     guest.driver = Driver::new(&guest.memory, RINGS, QUEUE_SIZE);
                     guest.block.activate(guest.driver.activation(guest.features)).unwrap();
                 }
+                Step::Quiesce { block, fill } => {
+                    let range = bytes(block, 1);
+                    guest.put(&[fill; BLOCK]);
+                    let statuses = [
+                        guest.offer(VIRTIO_BLK_T_OUT, block * 8, &[readable(DATA, BLOCK as u32)]),
+                        guest.offer(VIRTIO_BLK_T_FLUSH, 0, &[]),
+                    ];
+                    guest.block.queue_notified(0);
+                    let queues = guest.block.quiesce();
+                    prop_assert_eq!(guest.driver.take_used().len(), 2);
+                    prop_assert!(statuses.iter().all(|&at| guest.status(at) == OK));
+                    guest.resume(queues);
+                    model[range].fill(fill);
+                    // The flush may have begun before the write was done.
+                }
+                Step::Freeze { next, keep } => {
+                    let keep = keep.map(|keep| keep.index(files.frozen.len() + 1));
+                    let is_full = keep.unwrap_or(files.frozen.len()) == FROZEN_LAYERS_MAX;
+                    match files.freeze(&mut guest, next, keep) {
+                        Ok(chain) => {
+                            prop_assert!(contents(&files, &chain) == model);
+                            flushed.clone_from(&model);
+                            if next || keep.is_some() {
+                                snapshots.push((chain, model.clone()));
+                            }
+                        }
+                        Err(error) => prop_assert!(is_full, "{error}"),
+                    }
+                    prop_assert_eq!(guest.counter("layers"), files.frozen.len() as u64 + 1);
+                }
+                Step::AbandonedFreeze { keep } => {
+                    let queues = guest.block.quiesce();
+                    let (next, merged) = (files.new_name(), files.new_name());
+                    let merge = keep.map(|keep| Merge {
+                        file: files.writable(&merged),
+                        keep: keep.index(files.frozen.len() + 1),
+                    });
+                    let next = Some(files.writable(&next));
+                    if guest.block.prepare_freeze(Freeze { next, merge }).is_ok() {
+                        flushed.clone_from(&model);
+                    }
+                    guest.block.abandon_freeze();
+                    guest.resume(queues);
+                }
             }
+        }
+        for (chain, then) in snapshots {
+            prop_assert!(contents(&files, &chain) == then);
         }
         prop_assert!(guest.read(0, model.len()) == model);
         prop_assert!(files.base_bytes() == base);

@@ -13,7 +13,8 @@ const TRANSFER_LEN: usize = 8 << 20;
 const PACKET_LEN: usize = 64 << 10;
 
 /// The guest's end of one stream, as its kernel keeps it.
-struct Socket {
+#[derive(Clone)]
+pub(super) struct Socket {
     key: Key,
     /// Ours, as told to the device.
     buf_alloc: u32,
@@ -22,14 +23,14 @@ struct Socket {
     peer_buf_alloc: u32,
     peer_fwd_cnt: u32,
     sent: u32,
-    received: Vec<u8>,
+    pub(super) received: Vec<u8>,
     ended: bool,
 }
 
 // === impl Socket ===
 
 impl Socket {
-    fn new(key: Key, buf_alloc: u32) -> Self {
+    pub(super) fn new(key: Key, buf_alloc: u32) -> Self {
         Self {
             key,
             buf_alloc,
@@ -51,7 +52,7 @@ impl Socket {
     }
 
     /// Takes all packets that came; tells the device of the room they left.
-    fn take(&mut self, guest: &mut Guest) {
+    pub(super) fn take(&mut self, guest: &mut Guest) {
         let before = self.fwd_cnt;
         let mut asked = false;
         while let Some((header, payload)) = guest.received.pop_front() {
@@ -81,19 +82,28 @@ impl Socket {
     }
 
     /// Sends what credit allows of `data`; gives the length sent.
-    fn send(&mut self, guest: &mut Guest, data: &[u8]) -> usize {
+    pub(super) fn send(&mut self, guest: &mut Guest, data: &[u8]) -> usize {
+        let len = self.queue(guest, data);
+        if len > 0 {
+            guest.device.queue_notified(1);
+        }
+        len
+    }
+
+    /// The same, without telling the device.
+    pub(super) fn queue(&mut self, guest: &mut Guest, data: &[u8]) -> usize {
         let len = data.len().min(PACKET_LEN).min(self.credit());
         if len > 0 {
             let mut header = self.packet(guest, Op::Data);
             header.len = u32::try_from(len).unwrap();
-            guest.send(header, &data[..len]);
+            guest.queue_packet(header, &data[..len]);
             self.sent = self.sent.wrapping_add(header.len);
         }
         len
     }
 
     /// Asks for the device's credit and waits for it.
-    fn learn_credit(&mut self, guest: &mut Guest) {
+    pub(super) fn learn_credit(&mut self, guest: &mut Guest) {
         guest.send(self.packet(guest, Op::CreditRequest), &[]);
         guest.wait_for(|guest| {
             self.take(guest);

@@ -18,6 +18,8 @@ use super::super::{Admission, GuestConnection, HOST_CID, Vsock, VsockConfig};
 use crate::devices::virtio::{Activation, Interrupt, VirtioDevice};
 use crate::memory::GuestMemory;
 
+mod saved;
+
 pub(super) const GUEST_CID: u64 = 42;
 pub(super) const QUEUE_SIZE: u16 = 256;
 
@@ -35,6 +37,7 @@ const TX_SLOTS: u16 = 128;
 
 /// One queue as the driver sees it: descriptor `i` belongs to buffer `i`, unless
 /// a test makes chains of its own.
+#[derive(Clone, Copy)]
 struct DriverQueue {
     base: u64,
     next_avail: u16,
@@ -50,8 +53,10 @@ pub(super) struct Guest {
     queues: [DriverQueue; 3],
     features: u64,
     directory: TempDir,
-    /// Buffers that the driver gives back after it has read them.
+    /// The driver gives back RX buffers when it has read them.
     pub(super) refill: bool,
+    /// Those that it has not given back.
+    held_rx: Vec<u16>,
     /// Every buffer of payload received, in order.
     pub(super) received: VecDeque<(Header, Vec<u8>)>,
 }
@@ -185,6 +190,7 @@ impl Guest {
             features,
             directory,
             refill: true,
+            held_rx: Vec::new(),
             received: VecDeque::new(),
         }
     }
@@ -210,6 +216,7 @@ impl Guest {
             .write_slice(&[0; 0x4_0000], GuestAddress(0))
             .unwrap();
         self.queues = Self::driver_queues(self.features);
+        self.held_rx.clear();
         self.device
             .activate(Activation {
                 memory: self.memory.clone(),
@@ -220,10 +227,45 @@ impl Guest {
             .unwrap();
     }
 
+    /// Spare connections that the guest has accepted.
+    pub(super) fn open_spares(&mut self, guest_port: u32, count: u32) -> Vec<Key> {
+        self.device.open_spares(guest_port, count).unwrap();
+        let answer = |_| {
+            let request = self.expect_op(Op::Request);
+            assert_eq!(request.dst_port, guest_port);
+            let key = Key {
+                host_port: request.src_port,
+                guest_port,
+            };
+            self.send(self.packet(key, Op::Response), &[]);
+            key
+        };
+        (0..count).map(answer).collect()
+    }
+
+    /// Sends a packet of data.
+    pub(super) fn send_data(&mut self, key: Key, payload: &[u8]) {
+        let mut header = self.packet(key, Op::Data);
+        header.len = u32::try_from(payload.len()).unwrap();
+        self.send(header, payload);
+    }
+
     /// Gives the device its first `count` RX buffers.
     pub(super) fn fill_rx(&mut self, count: u16) {
         let notify = (0..count).map(|i| self.offer_rx(i)).max() == Some(true);
         if notify {
+            self.device.queue_notified(0);
+        }
+    }
+
+    /// Gives the device all RX buffers that it has not got back, and from now on
+    /// each.
+    pub(super) fn offer_all_rx(&mut self) {
+        self.refill = true;
+        self.drain_rx();
+        let heads = std::mem::take(&mut self.held_rx);
+        let notify = heads.into_iter().map(|head| self.offer_rx(head)).max();
+        if notify == Some(true) {
             self.device.queue_notified(0);
         }
     }
@@ -360,6 +402,8 @@ impl Guest {
             }
             if self.refill {
                 notify |= self.offer_rx(head);
+            } else {
+                self.held_rx.push(head);
             }
         }
         if notify {
@@ -407,20 +451,6 @@ impl Guest {
         self.device.counters()[name]
     }
 
-    /// Gives the device a buffer for an event, with other bytes in it.
-    pub(super) fn offer_event_buffer(&mut self) {
-        self.memory
-            .write_obj(u32::MAX, GuestAddress(RX_BUFFERS - 8))
-            .unwrap();
-        self.offer_chain(2, 0, &[(RX_BUFFERS - 8, 8, 2)]);
-    }
-
-    pub(super) fn take_event(&mut self) -> Option<u32> {
-        let (_, len) = self.queues[2].take_used(&self.memory)?;
-        assert_eq!(len, 4);
-        Some(self.memory.read_obj(GuestAddress(RX_BUFFERS - 8)).unwrap())
-    }
-
     // --- The host's side ---
 
     /// Connects a client to the listener, and writes `line`.
@@ -453,6 +483,14 @@ impl Guest {
         assert_eq!(connection.host_port, key.host_port);
         assert_eq!(connection.guest_port, key.guest_port);
         connection.stream.into()
+    }
+}
+
+/// The connection that a packet from the device belongs to.
+pub(super) fn key_of(header: &Header) -> Key {
+    Key {
+        host_port: header.src_port,
+        guest_port: header.dst_port,
     }
 }
 

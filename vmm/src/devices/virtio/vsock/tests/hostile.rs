@@ -470,6 +470,7 @@ fn no_descriptor_leaks() {
         let _open: Vec<_> = (0..20).map(|port| guest.open_from_host(port)).collect();
         let _unanswered: Vec<_> = (0..20).map(|_| guest.dial("CONNECT 7\n")).collect();
         let _slow: Vec<_> = (0..20).map(|_| guest.dial("CONNECT")).collect();
+        guest.device.open_spares(7, 8).unwrap();
         guest.settle();
         guest.received.clear();
         let closed_by_host: Vec<_> = (0..20)
@@ -492,6 +493,17 @@ fn no_descriptor_leaks() {
         assert!(descriptors() > idle + 100);
         guest.device.reset();
     }
+    assert_eq!(descriptors(), idle);
+
+    guest.activate();
+    guest.fill_rx(QUEUE_SIZE);
+    guest.received.clear();
+    guest.open_spares(7, 8);
+    let saved = guest.save();
+    guest.device.reset();
+    let (clone, spares) = Guest::restored(&saved);
+    assert!(descriptors() > idle + 16);
+    drop((clone, spares));
     assert_eq!(descriptors(), idle);
     drop(guest);
     assert_eq!(descriptors(), at_first);

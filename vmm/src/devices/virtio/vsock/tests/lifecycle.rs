@@ -310,14 +310,3 @@ fn device_works_again_after_a_reset() {
     client.write_all(b"again").unwrap();
     assert_eq!(guest.expect().1, b"again");
 }
-
-#[test]
-fn transport_reset_reaches_the_driver() {
-    let mut guest = Guest::new();
-    assert!(!guest.device.send_transport_reset());
-    guest.offer_event_buffer();
-    guest.interrupt.acknowledge(u32::MAX);
-    assert!(guest.device.send_transport_reset());
-    assert_eq!(guest.take_event(), Some(0));
-    assert_eq!(guest.interrupt.status(), 1);
-}

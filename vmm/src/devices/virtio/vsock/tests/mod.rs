@@ -5,3 +5,7 @@ mod flow;
 mod guest;
 mod hostile;
 mod lifecycle;
+mod pauses;
+mod snapshot;
+mod spares;
+mod states;

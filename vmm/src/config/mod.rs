@@ -7,7 +7,11 @@ use std::os::unix::net::UnixListener;
 use soulbox_proto::vmm::v1;
 
 use crate::devices::virtio::block::BLOCK_BYTES;
-use crate::machine::layout;
+use crate::machine::{Shape, layout};
+
+mod restore;
+
+pub use restore::{PrepareRequest, RestoreDisk, RestoreRequest, SnapshotRequest, working_set_file};
 
 /// The fewest and the most vCPUs of a machine.
 pub const VCPU_COUNT: std::ops::RangeInclusive<u32> = 1..=32;
@@ -16,26 +20,28 @@ pub const MEMORY_MIB: std::ops::RangeInclusive<u32> = 128..=1024 * 1024;
 /// The longest kernel command line, in bytes, without its NUL (COMMAND_LINE_SIZE
 /// of x86 is 2,048).
 pub const CMDLINE_MAX_BYTES: usize = 2047;
+/// The most disks of a machine: the other virtio devices are vsock, rng and
+/// balloon.
+pub const MAX_DISKS: usize = layout::MAX_VIRTIO_DEVICES - 3;
 
 /// A machine and everything it may touch.
 #[derive(Debug)]
 pub struct BootRequest {
-    pub config: MachineConfig,
+    pub shape: Shape,
+    pub cmdline: String,
     pub kvm: OwnedFd,
-    pub memory: File,
     pub kernel: File,
-    pub console: Option<OwnedFd>,
-    pub control_listener: Option<OwnedFd>,
+    pub attached: Attached,
     pub disks: Vec<Disk>,
     pub vsock: Option<Vsock>,
 }
 
-/// The shape of a machine: what a snapshot of it would have to match.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct MachineConfig {
-    pub vcpu_count: u8,
-    pub memory_mib: u32,
-    pub cmdline: String,
+/// What connects a machine to its client.
+#[derive(Debug)]
+pub struct Attached {
+    pub console: Option<OwnedFd>,
+    pub control_listener: Option<OwnedFd>,
+    pub pagemap: Option<File>,
 }
 
 #[derive(Debug)]
@@ -43,6 +49,7 @@ pub struct Disk {
     pub id: String,
     pub size_bytes: u64,
     pub base: File,
+    pub frozen: Vec<File>,
     pub layer: Option<File>,
     pub rate_limit: RateLimit,
 }
@@ -99,22 +106,27 @@ impl BootRequest {
         let machine = boot
             .machine
             .ok_or_else(|| invalid("machine", "is missing"))?;
-        let config = MachineConfig::from_message(&machine)?;
-        if machine.block_devices.len() > layout::MAX_VIRTIO_DEVICES - 2 {
-            return Err(invalid(
-                "machine.block_devices",
-                format!("at most {} fit", layout::MAX_VIRTIO_DEVICES - 2),
-            ));
-        }
+        let block_devices = machine.block_devices.len();
+        let shape = checked_shape(&v1::MachineShape {
+            vcpu_count: machine.vcpu_count,
+            memory_mib: machine.memory_mib,
+            block_devices: block_devices.try_into().unwrap_or(u32::MAX),
+            vsock: machine.vsock.is_some(),
+        })?;
+        check_cmdline(&machine.cmdline)?;
 
-        let mut fds = Fds(fds.into_iter().map(Some).collect());
+        let mut fds = Fds::new(fds);
         let request = Self {
-            config,
+            shape,
+            cmdline: machine.cmdline,
             kvm: fds.take("kvm_fd", boot.kvm_fd)?,
-            memory: fds.take("memory_fd", boot.memory_fd)?.into(),
             kernel: fds.take("kernel_fd", boot.kernel_fd)?.into(),
-            console: fds.take_optional("console_fd", boot.console_fd)?,
-            control_listener: fds.take_optional("control_listener_fd", boot.control_listener_fd)?,
+            attached: Attached::take(
+                &mut fds,
+                boot.console_fd,
+                boot.control_listener_fd,
+                boot.pagemap_fd,
+            )?,
             disks: machine
                 .block_devices
                 .into_iter()
@@ -125,53 +137,70 @@ impl BootRequest {
                 .map(|vsock| Vsock::from_message(vsock, &mut fds))
                 .transpose()?,
         };
-        match fds.0.iter().flatten().count() {
-            0 => Ok(request),
-            spare => Err(ConfigError::SpareFds(spare)),
-        }
+        fds.finish()?;
+        Ok(request)
     }
 }
 
-// === impl MachineConfig ===
-
-impl MachineConfig {
-    fn from_message(machine: &v1::MachineConfig) -> Result<Self, ConfigError> {
-        let (vcpus, mib) = (machine.vcpu_count, machine.memory_mib);
-        if !VCPU_COUNT.contains(&vcpus) {
-            return Err(invalid(
-                "machine.vcpu_count",
-                format!("{vcpus} is not within 1–32"),
-            ));
-        }
-        if !MEMORY_MIB.contains(&mib) {
-            return Err(invalid(
-                "machine.memory_mib",
-                format!("{mib} is not within 128–1,048,576 (1 TiB)"),
-            ));
-        }
-        let cmdline = &machine.cmdline;
-        if cmdline.len() > CMDLINE_MAX_BYTES {
-            return Err(invalid(
-                "machine.cmdline",
-                format!("{} bytes; at most {CMDLINE_MAX_BYTES} fit", cmdline.len()),
-            ));
-        }
-        if !cmdline.bytes().all(|b| (0x20..0x7f).contains(&b)) {
-            return Err(invalid(
-                "machine.cmdline",
-                "holds a byte that is not printable ASCII",
-            ));
-        }
-        Ok(Self {
+/// Checks the shape of a machine.
+pub(crate) fn checked_shape(shape: &v1::MachineShape) -> Result<Shape, ConfigError> {
+    let (vcpus, mib) = (shape.vcpu_count, shape.memory_mib);
+    if !VCPU_COUNT.contains(&vcpus) {
+        return Err(invalid(
+            "machine.vcpu_count",
+            format!("{vcpus} is not within 1–32"),
+        ));
+    }
+    if !MEMORY_MIB.contains(&mib) {
+        return Err(invalid(
+            "machine.memory_mib",
+            format!("{mib} is not within 128–1,048,576 (1 TiB)"),
+        ));
+    }
+    match u8::try_from(shape.block_devices) {
+        Ok(block_devices) if usize::from(block_devices) <= MAX_DISKS => Ok(Shape {
             vcpu_count: vcpus as u8,
             memory_mib: mib,
-            cmdline: cmdline.clone(),
-        })
+            block_devices,
+            vsock: shape.vsock,
+        }),
+        _ => Err(invalid(
+            "machine.block_devices",
+            format!("at most {MAX_DISKS} fit"),
+        )),
     }
+}
 
-    /// Guest memory, in bytes.
-    pub fn memory_bytes(&self) -> u64 {
-        u64::from(self.memory_mib) << 20
+fn check_cmdline(cmdline: &str) -> Result<(), ConfigError> {
+    if cmdline.len() > CMDLINE_MAX_BYTES {
+        return Err(invalid(
+            "machine.cmdline",
+            format!("{} bytes; at most {CMDLINE_MAX_BYTES} fit", cmdline.len()),
+        ));
+    }
+    if !cmdline.bytes().all(|b| (0x20..0x7f).contains(&b)) {
+        return Err(invalid(
+            "machine.cmdline",
+            "holds a byte that is not printable ASCII",
+        ));
+    }
+    Ok(())
+}
+
+// === impl Attached ===
+
+impl Attached {
+    fn take(
+        fds: &mut Fds,
+        console: Option<u32>,
+        control_listener: Option<u32>,
+        pagemap: Option<u32>,
+    ) -> Result<Self, ConfigError> {
+        Ok(Self {
+            console: fds.take_optional("console_fd", console)?,
+            control_listener: fds.take_optional("control_listener_fd", control_listener)?,
+            pagemap: fds.take_optional("pagemap_fd", pagemap)?.map(File::from),
+        })
     }
 }
 
@@ -202,6 +231,7 @@ impl Disk {
             base: fds
                 .take("machine.block_devices.base_fd", device.base_fd)?
                 .into(),
+            frozen: Vec::new(),
             layer: fds
                 .take_optional("machine.block_devices.layer_fd", device.layer_fd)?
                 .map(File::from),
@@ -256,6 +286,18 @@ impl RateLimit {
 // === impl Fds ===
 
 impl Fds {
+    fn new(fds: Vec<OwnedFd>) -> Self {
+        Self(fds.into_iter().map(Some).collect())
+    }
+
+    /// All have been taken.
+    fn finish(self) -> Result<(), ConfigError> {
+        match self.0.iter().flatten().count() {
+            0 => Ok(()),
+            spare => Err(ConfigError::SpareFds(spare)),
+        }
+    }
+
     fn take(&mut self, field: &'static str, index: u32) -> Result<OwnedFd, ConfigError> {
         let carried = self.0.len();
         self.0
@@ -306,10 +348,10 @@ mod tests {
                 vsock: None,
             }),
             kvm_fd: 0,
-            memory_fd: 1,
             kernel_fd: 2,
             console_fd: None,
             control_listener_fd: None,
+            pagemap_fd: Some(1),
         }
     }
 
@@ -329,7 +371,7 @@ mod tests {
     #[test]
     fn takes_a_good_request() {
         let request = BootRequest::from_message(boot(), fds(5)).unwrap();
-        assert_eq!(request.config.memory_bytes(), 128 << 20);
+        assert_eq!(request.shape.memory_bytes(), 128 << 20);
         assert_eq!(request.disks[0].id, "root");
         assert!(request.disks[0].layer.is_some());
     }

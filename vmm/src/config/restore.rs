@@ -1,0 +1,161 @@
+//! Shells, restores and snapshots.
+
+use std::fs::File;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixListener;
+
+use soulbox_proto::vmm::v1;
+
+use super::{Attached, ConfigError, Fds, RateLimit, checked_shape, invalid};
+use crate::devices::virtio::block::{Freeze, Merge};
+use crate::machine::{Shape, SnapshotFiles};
+
+/// A shell to be made.
+#[derive(Debug)]
+pub struct PrepareRequest {
+    pub shape: Shape,
+    pub kvm: OwnedFd,
+}
+
+/// A snapshot and everything its machine may touch.
+#[derive(Debug)]
+pub struct RestoreRequest {
+    /// None when there is to be a shell.
+    pub kvm: Option<OwnedFd>,
+    pub state: File,
+    /// Memory layers, root first.
+    pub memory: Vec<File>,
+    pub attached: Attached,
+    pub working_set: Option<File>,
+    pub disks: Vec<RestoreDisk>,
+    pub vsock_listener: Option<UnixListener>,
+}
+
+#[derive(Debug)]
+pub struct RestoreDisk {
+    pub base: File,
+    /// Root first.
+    pub frozen: Vec<File>,
+    pub layer: Option<File>,
+    pub rate_limit: RateLimit,
+}
+
+/// A snapshot to be made.
+#[derive(Debug)]
+pub struct SnapshotRequest {
+    pub files: SnapshotFiles,
+}
+
+// === impl PrepareRequest ===
+
+impl PrepareRequest {
+    pub fn from_message(prepare: v1::Prepare, fds: Vec<OwnedFd>) -> Result<Self, ConfigError> {
+        let shape = prepare
+            .shape
+            .ok_or_else(|| invalid("shape", "is missing"))?;
+        let shape = checked_shape(&shape)?;
+        let mut fds = Fds::new(fds);
+        let kvm = fds.take("kvm_fd", prepare.kvm_fd)?;
+        fds.finish()?;
+        Ok(Self { shape, kvm })
+    }
+}
+
+// === impl RestoreRequest ===
+
+impl RestoreRequest {
+    pub fn from_message(restore: v1::Restore, fds: Vec<OwnedFd>) -> Result<Self, ConfigError> {
+        let mut fds = Fds::new(fds);
+        let request = Self {
+            kvm: fds.take_optional("kvm_fd", restore.kvm_fd)?,
+            state: fds.take("state_fd", restore.state_fd)?.into(),
+            memory: files(&mut fds, "memory_fds", &restore.memory_fds)?,
+            attached: Attached::take(
+                &mut fds,
+                restore.console_fd,
+                restore.control_listener_fd,
+                restore.pagemap_fd,
+            )?,
+            working_set: fds
+                .take_optional("working_set_fd", restore.working_set_fd)?
+                .map(File::from),
+            disks: restore
+                .disks
+                .into_iter()
+                .map(|disk| RestoreDisk::from_message(&disk, &mut fds))
+                .collect::<Result<_, _>>()?,
+            vsock_listener: fds
+                .take_optional("vsock_listener_fd", restore.vsock_listener_fd)?
+                .map(UnixListener::from),
+        };
+        fds.finish()?;
+        Ok(request)
+    }
+}
+
+// === impl RestoreDisk ===
+
+impl RestoreDisk {
+    fn from_message(disk: &v1::RestoreDisk, fds: &mut Fds) -> Result<Self, ConfigError> {
+        Ok(Self {
+            base: fds.take("disks.base_fd", disk.base_fd)?.into(),
+            frozen: files(fds, "disks.frozen_layer_fds", &disk.frozen_layer_fds)?,
+            layer: fds
+                .take_optional("disks.layer_fd", disk.layer_fd)?
+                .map(File::from),
+            rate_limit: RateLimit::from_message(disk.rate_limit.unwrap_or_default())?,
+        })
+    }
+}
+
+// === impl SnapshotRequest ===
+
+impl SnapshotRequest {
+    pub fn from_message(snapshot: v1::Snapshot, fds: Vec<OwnedFd>) -> Result<Self, ConfigError> {
+        let mut fds = Fds::new(fds);
+        let files = SnapshotFiles {
+            state: fds.take("state_fd", snapshot.state_fd)?.into(),
+            memory: fds.take("memory_fd", snapshot.memory_fd)?.into(),
+            keep_memory_layers: snapshot.keep_memory_layers,
+            disks: snapshot
+                .disks
+                .iter()
+                .map(|disk| freeze(disk, &mut fds))
+                .collect::<Result<_, _>>()?,
+            leave_paused: snapshot.leave_paused,
+        };
+        fds.finish()?;
+        Ok(Self { files })
+    }
+}
+
+/// The file of a RecordWorkingSet.
+pub fn working_set_file(
+    record: &v1::RecordWorkingSet,
+    fds: Vec<OwnedFd>,
+) -> Result<File, ConfigError> {
+    let mut fds = Fds::new(fds);
+    let file = fds.take("file_fd", record.file_fd)?;
+    fds.finish()?;
+    Ok(file.into())
+}
+
+fn freeze(disk: &v1::SnapshotDisk, fds: &mut Fds) -> Result<Freeze, ConfigError> {
+    let merged = fds.take_optional("disks.merged_layer_fd", disk.merged_layer_fd)?;
+    Ok(Freeze {
+        next: fds
+            .take_optional("disks.next_layer_fd", disk.next_layer_fd)?
+            .map(File::from),
+        merge: merged.map(|file| Merge {
+            file: file.into(),
+            keep: disk.keep as usize,
+        }),
+    })
+}
+
+fn files(fds: &mut Fds, field: &'static str, indices: &[u32]) -> Result<Vec<File>, ConfigError> {
+    indices
+        .iter()
+        .map(|&index| fds.take(field, index).map(File::from))
+        .collect()
+}
