@@ -134,17 +134,18 @@ impl Store {
         Ok((store, loaded))
     }
 
-    /// Returns when all of `changes` are durable, or none of them is.
-    pub async fn commit(&self, changes: Vec<Change>) -> Result<(), CommitError> {
+    /// Begins to write `changes`, after those of all earlier calls. What is
+    /// returned is ready when all of them are durable, or none of them is.
+    pub fn commit(
+        &self,
+        changes: Vec<Change>,
+    ) -> impl Future<Output = Result<(), CommitError>> + use<> {
         let (done, outcome) = oneshot::channel();
-        {
-            let writer = crate::sync::lock(&self.writer);
-            let writer = writer.as_ref().ok_or(CommitError::Closed)?;
-            writer
-                .send(Job { changes, done })
-                .map_err(|_| CommitError::Closed)?;
+        if let Some(writer) = crate::sync::lock(&self.writer).as_ref() {
+            // A writer that has ended drops the job, and with it the sender.
+            let _ = writer.send(Job { changes, done });
         }
-        outcome.await.unwrap_or(Err(CommitError::Closed))
+        async move { outcome.await.unwrap_or(Err(CommitError::Closed)) }
     }
 }
 

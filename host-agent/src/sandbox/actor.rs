@@ -64,6 +64,8 @@ pub(super) struct Actor {
     pub(super) making: Option<Making>,
     /// Why its machine was ended, when it was this daemon that did so.
     pub(super) verdict: Option<Failure>,
+    /// What is to be stored with the record.
+    pub(super) unstored: Vec<Change>,
     /// It has a record, and others see it.
     pub(super) is_listed: bool,
     /// Who is to be told that their sandbox did not come to run.
@@ -91,6 +93,7 @@ impl Actor {
             guest: None,
             making: None,
             verdict: None,
+            unstored: Vec::new(),
             is_listed: true,
             refused: None,
         }
@@ -310,7 +313,7 @@ impl Actor {
     pub(super) async fn transition(&mut self, step: Transition) -> Result<(), StartError> {
         let next = self.record.apply(step)?;
         self.record = next;
-        self.note(&self.pool).await?;
+        self.note().await?;
         self.publish();
         Ok(())
     }

@@ -209,11 +209,12 @@ impl Pool {
             self.template_changed.notify_one();
             return Origin::Boot(template);
         }
-        match self.plan(&snapshot, hold) {
-            Ok(plan) => Origin::Template {
-                plan: Box::new(plan),
+        match template.rootfs.try_clone() {
+            Ok(rootfs) => Origin::Template {
+                plan: Box::new(Plan::new(&snapshot, hold, rootfs)),
                 template,
             },
+            // For want of a descriptor, of which booting needs fewer.
             Err(_) => Origin::Boot(template),
         }
     }

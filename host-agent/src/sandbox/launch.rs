@@ -5,9 +5,8 @@ use std::fs::File;
 use super::actor::Actor;
 use super::error::StartError;
 use super::machine::Machine;
-use super::pool::Pool;
 use super::shells::Shape;
-use crate::record::{SandboxRecord, Transition};
+use crate::record::Transition;
 use crate::store::{Change, CommitError};
 use crate::time::Stopwatch;
 
@@ -93,15 +92,17 @@ impl Actor {
         Ok(pagemap.ok())
     }
 
-    /// Stores the record as it is.
-    pub(super) fn note<'pool>(
-        &self,
-        pool: &'pool Pool,
-    ) -> impl Future<Output = Result<(), CommitError>> + use<'pool> {
-        let record: Option<SandboxRecord> = self.is_listed.then(|| self.record.clone());
+    /// Begins to store the record as it is; what is returned is ready when it is
+    /// durable.
+    pub(super) fn note(&mut self) -> impl Future<Output = Result<(), CommitError>> + use<> {
+        let mut changes = std::mem::take(&mut self.unstored);
+        let stored = self.is_listed.then(|| {
+            changes.push(Change::PutSandbox(self.record.clone()));
+            self.pool.store.commit(changes)
+        });
         async move {
-            match record {
-                Some(record) => pool.store.commit(vec![Change::PutSandbox(record)]).await,
+            match stored {
+                Some(stored) => stored.await,
                 None => Ok(()),
             }
         }

@@ -250,11 +250,13 @@ impl Actor {
             .map_err(StartError::from)?;
         let layers = self.pool.open_layers(&plan).await;
         let layers = layers.map_err(StartError::from)?;
+        let resuming = self.record.apply(Transition::Resume);
+        let resuming = resuming.map_err(StartError::from)?;
         self.regain()?;
-        if let Err(error) = self.transition(Transition::Resume).await {
-            self.end_machine().await;
-            return Err(error.into());
-        }
+        // Stored with the monitor that it will have: a daemon that finds it paused
+        // has lost nothing.
+        self.record = resuming;
+        self.publish();
         watch.lap("admission");
         self.come_back(plan, layers, watch).await
     }

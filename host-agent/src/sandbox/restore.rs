@@ -42,6 +42,20 @@ pub(super) struct RestoreFiles {
     working_set: Option<File>,
 }
 
+// === impl Plan ===
+
+impl Plan {
+    /// `rootfs` is the image that the snapshot's disk lies on.
+    pub(super) fn new(snapshot: &SnapshotRecord, hold: Hold, rootfs: File) -> Self {
+        Self {
+            snapshot: snapshot.id.clone(),
+            chains: snapshot.chains.clone(),
+            rootfs: Arc::new(rootfs),
+            _hold: Arc::new(hold),
+        }
+    }
+}
+
 // === impl Pool ===
 
 impl Pool {
@@ -54,12 +68,7 @@ impl Pool {
                 template: snapshot.template.clone(),
             });
         }
-        Ok(Plan {
-            snapshot: snapshot.id.clone(),
-            chains: snapshot.chains.clone(),
-            rootfs: Arc::new(template.rootfs),
-            _hold: Arc::new(hold),
-        })
+        Ok(Plan::new(snapshot, hold, template.rootfs))
     }
 
     /// To go on with a sandbox that was saved.
@@ -143,12 +152,10 @@ impl Actor {
         let launched = self.launch(Wanted::Shell, watch)?;
         // The monitor's log tells whose it is, so that nothing is lost when the
         // daemon dies before this is on disk.
-        let pool = Arc::clone(&self.pool);
-        let noted = self.note(&pool);
+        let noted = self.note();
         let limit = self.pool.config.timeouts.boot();
         let restoring = self.restore_machine(plan, &layers, &files, &launched, watch);
-        let (noted, restored) = tokio::join!(noted, timeout(limit, restoring));
-        noted?;
+        let restored = timeout(limit, restoring).await;
         let spares = restored.map_err(|_| RestoreError::Slow {
             snapshot: plan.snapshot.clone(),
             limit_ms: self.pool.config.timeouts.boot_ms,
@@ -163,6 +170,7 @@ impl Actor {
 
         self.ask("run /bin/true", guest.prove_exec()).await?;
         watch.lap("first_exec");
+        noted.await?;
         self.guest = Some(guest);
         Ok(())
     }

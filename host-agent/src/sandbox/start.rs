@@ -18,7 +18,6 @@ use crate::guest::{Guest, Identity};
 use crate::kvm::UsableKvm;
 use crate::monitor::RequestError;
 use crate::record::{Chains, Resources, Transition};
-use crate::store::Change;
 use crate::template::OpenTemplate;
 use crate::text::printable;
 use crate::time::Stopwatch;
@@ -48,26 +47,30 @@ impl Actor {
     ) -> Result<bool, StartError> {
         // Watchers see both steps; the disk sees them as one.
         let starting = self.record.apply(Transition::Start)?;
-        let mut changes = vec![Change::PutSandbox(starting.clone())];
-        changes.extend(claimed.and_then(|claimed| claimed.admitted(&self.record.id)));
-        self.pool.store.commit(changes).await?;
         self.publish();
         self.record = starting;
-        self.publish();
-        watch.lap("admission");
-
         let id = self.record.id.clone();
+        let admitted = claimed.and_then(|claimed| claimed.admitted(&id));
+        self.unstored.extend(admitted);
+        self.publish();
         match origin {
             Origin::Boot(template) => {
+                self.note().await?;
+                watch.lap("admission");
                 self.boot(&template, watch).await?;
                 Ok(false)
             }
+            // Its first record is stored while it is restored: until then all there is
+            // of it are files, and a monitor, that a daemon removes which finds them
+            // without one.
             Origin::Restore(plan) => {
+                watch.lap("admission");
                 let identity = Identity::New(id.as_str());
                 self.restore(&plan, identity, watch).await?;
                 Ok(true)
             }
             Origin::Template { plan, template } => {
+                watch.lap("admission");
                 let identity = Identity::New(id.as_str());
                 match self.restore(&plan, identity, watch).await {
                     Ok(()) => return Ok(true),
@@ -111,7 +114,7 @@ impl Actor {
         watch.lap("prepare");
 
         let launched = self.launch(Wanted::New, watch)?;
-        self.note(&self.pool).await?;
+        self.note().await?;
         self.publish();
 
         let timeout_ms = self.pool.config.timeouts.boot_ms;

@@ -150,7 +150,10 @@ pub(super) async fn a_resume_that_does_not_fit_stays_paused() {
     pause(&mut client, &short.sandbox.unwrap().id)
         .await
         .unwrap();
-    eventually("it lives on", async || list(&mut client).await.is_empty()).await;
+    eventually("it lives on", async || {
+        list(&mut client).await.is_empty() && files_below(&host, "state/snapshots") == 0
+    })
+    .await;
     host.assert_nothing_left();
     assert_all_is_free(&daemon).await;
 }
