@@ -76,6 +76,10 @@ pub enum CommitError {
         "a record cannot be written: {0}; see whether the disk of state_dir is full or read-only"
     )]
     Write(String),
+    #[error(
+        "a record cannot be written: the disk of state_dir is full; delete snapshots or sandboxes and try again"
+    )]
+    Full,
     #[error("the record store is closed because soulboxd is stopping; try again when it runs")]
     Closed,
 }
@@ -118,7 +122,10 @@ impl Store {
         let (writer, jobs) = mpsc::channel();
         let thread = std::thread::Builder::new()
             .name("store".to_owned())
-            .spawn(move || write_jobs(&database, &jobs))
+            .spawn({
+                let path = path.to_owned();
+                move || write_jobs(&path, database, &jobs)
+            })
             .map_err(|source| OpenError::Thread { source })?;
         let store = Self {
             writer: Mutex::new(Some(writer)),
@@ -239,13 +246,28 @@ fn decode(path: &Path, rows: Rows) -> Result<Loaded, OpenError> {
 }
 
 /// Runs until every sender is gone.
-fn write_jobs(database: &Database, jobs: &mpsc::Receiver<Job>) {
+fn write_jobs(path: &Path, database: Database, jobs: &mpsc::Receiver<Job>) {
+    let mut open = Some(database);
     while let Ok(first) = jobs.recv() {
         let batch: Vec<Job> = std::iter::once(first).chain(jobs.try_iter()).collect();
-        let outcome = write(database, batch.iter().flat_map(|job| &job.changes));
+        let outcome = match &open {
+            Some(database) => write(database, batch.iter().flat_map(|job| &job.changes)),
+            None => Database::open(path)
+                .map_err(|error| WriteError::Database(error.into()))
+                .and_then(|database| {
+                    let database = open.insert(database);
+                    write(database, batch.iter().flat_map(|job| &job.changes))
+                }),
+        };
+        if matches!(outcome, Err(WriteError::Database(_))) {
+            // After an error of the disk, redb takes no more writes until it has
+            // been opened again.
+            open = None;
+        }
         for job in batch {
             let told = match &outcome {
                 Ok(()) => Ok(()),
+                Err(error) if error.is_full_disk() => Err(CommitError::Full),
                 Err(error) => Err(CommitError::Write(error.to_string())),
             };
             // A caller that has gone away does not care any more.
@@ -312,6 +334,20 @@ enum WriteError {
     Database(#[from] redb::Error),
     #[error(transparent)]
     Encode(#[from] serde_json::Error),
+}
+
+// === impl WriteError ===
+
+impl WriteError {
+    fn is_full_disk(&self) -> bool {
+        use std::io::ErrorKind;
+
+        matches!(
+            self,
+            Self::Database(redb::Error::Io(error))
+                if matches!(error.kind(), ErrorKind::StorageFull | ErrorKind::QuotaExceeded)
+        )
+    }
 }
 
 #[cfg(test)]

@@ -68,13 +68,10 @@ pub(super) enum Command {
         #[arg(long)]
         timings: bool,
     },
-    /// Save a sandbox, which goes on, so that others can be made from it.
-    #[command(args_conflicts_with_subcommands = true, subcommand_negates_reqs = true)]
+    /// Snapshots of sandboxes: what others are made from, or they are taken back to.
     Snapshot {
         #[command(subcommand)]
-        command: Option<SnapshotCommand>,
-        #[command(flatten)]
-        args: SnapshotArgs,
+        command: SnapshotCommand,
     },
     /// Take a sandbox back to a snapshot of it; what it did since is lost.
     Rollback {
@@ -112,6 +109,8 @@ pub(super) enum TemplateCommand {
 
 #[derive(Debug, Subcommand)]
 pub(super) enum SnapshotCommand {
+    /// Save a sandbox, which goes on, and print the snapshot's id.
+    Create(SnapshotArgs),
     /// List snapshots in the order of their making.
     Ls {
         /// Only those of this sandbox.
@@ -131,8 +130,7 @@ pub(super) enum SnapshotCommand {
 #[derive(Debug, clap::Args)]
 pub(super) struct SnapshotArgs {
     /// The sandbox.
-    #[arg(required = true)]
-    pub(super) id: Option<String>,
+    pub(super) id: String,
     /// Make it a template of this name.
     #[arg(long, default_value = "", hide_default_value = true)]
     pub(super) name: String,
@@ -329,27 +327,6 @@ mod tests {
         assert_eq!(run.argv[..3], ["ls", "-l", "--keep"].map(OsString::from));
         assert_eq!(run.argv.last(), Some(&odd));
         assert!(run.process.interactive && !run.keep);
-    }
-
-    #[test]
-    fn a_snapshot_is_made_unless_a_subcommand_says_otherwise() {
-        let parse = |args: &[&str]| {
-            let all = ["soulbox", "snapshot"].iter().chain(args);
-            Args::try_parse_from(all).map(|args| args.command)
-        };
-        let Ok(Command::Snapshot { command, args }) = parse(&["sb-x", "--name", "warm"]) else {
-            panic!("not parsed");
-        };
-        assert!(command.is_none());
-        assert_eq!(
-            (args.id.as_deref(), args.name.as_str()),
-            (Some("sb-x"), "warm")
-        );
-        let Ok(Command::Snapshot { command, .. }) = parse(&["rm", "sn-x"]) else {
-            panic!("not parsed");
-        };
-        assert!(matches!(command, Some(SnapshotCommand::Rm { ids }) if ids == ["sn-x"]));
-        assert!(parse(&[]).is_err() && parse(&["rm"]).is_err());
     }
 
     #[test]

@@ -77,12 +77,12 @@ async fn dispatch(args: Args) -> Result<u8, CliError> {
             snapshots::pause(&host, output, id, cold, timings).await
         }
         Command::Resume { id, timings } => snapshots::resume(&host, output, id, timings).await,
-        Command::Snapshot { command, args } => match command {
-            None => snapshots::make(&host, output, args).await,
-            Some(SnapshotCommand::Ls { sandbox, labels }) => {
+        Command::Snapshot { command } => match command {
+            SnapshotCommand::Create(args) => snapshots::make(&host, output, args).await,
+            SnapshotCommand::Ls { sandbox, labels } => {
                 snapshots::ls(&host, output, sandbox, labels).await
             }
-            Some(SnapshotCommand::Rm { ids }) => snapshots::rm(&host, ids).await,
+            SnapshotCommand::Rm { ids } => snapshots::rm(&host, ids).await,
         },
         Command::Rollback {
             id,

@@ -83,7 +83,7 @@ fn tell(
 
 pub(super) async fn make(host: &Host, format: Output, args: SnapshotArgs) -> Result<u8, CliError> {
     let request = SnapshotSandboxRequest {
-        id: args.id.unwrap_or_default(),
+        id: args.id,
         name: args.name,
         labels: args.labels.into_iter().collect(),
         cold: args.cold,

@@ -198,7 +198,8 @@ fn shells(config: &Config, found: &mut Vec<Violation>) {
         let mend = format!("is {}; give 0 to {MAX_SHELLS}", shells.maximum);
         wrong("shells.maximum", mend);
     }
-    if shells.minimum > shells.maximum {
+    // A maximum of 0 turns them off, whatever the minimum.
+    if shells.maximum != 0 && shells.minimum > shells.maximum {
         wrong(
             "shells.minimum",
             format!(

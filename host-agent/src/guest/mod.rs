@@ -24,6 +24,8 @@ pub use hello::{HelloError, read_hello};
 
 /// A key of the kernel's generator has half of it.
 const ENTROPY_BYTES: usize = 64;
+/// What is kept of what a program says that the daemon runs for itself.
+const MAX_OUTPUT_BYTES: usize = 64 * 1024;
 
 /// A way to one guest's agent.
 ///
@@ -112,11 +114,11 @@ impl Guest {
     /// Runs `/bin/true`: the proof that programs run. It reads and says nothing,
     /// so it needs no connection of its own.
     pub async fn prove_exec(&self) -> Result<(), Status> {
-        self.run(&["/bin/true".to_owned()]).await
+        self.run(&["/bin/true".to_owned()]).await.map(drop)
     }
 
-    /// Runs a program as root, and does not look at what it says.
-    pub async fn run(&self, argv: &[String]) -> Result<(), Status> {
+    /// Runs a program as root, and returns the beginning of what it says.
+    pub async fn run(&self, argv: &[String]) -> Result<Vec<u8>, Status> {
         let start = ProcessSpec {
             argv: argv.iter().map(|arg| arg.clone().into()).collect(),
             cwd: "/".into(),
@@ -130,15 +132,23 @@ impl Guest {
         let mut client = ProcessServiceClient::new(self.control.clone());
         let events = client.exec(tokio_stream::once(request)).await?;
         let mut events = events.into_inner();
+        let mut said = Vec::new();
         while let Some(response) = events.message().await? {
-            if let Some(exec_response::Event::Exited(exited)) = response.event {
-                return match exited.status {
-                    Some(exited::Status::Code(0)) => Ok(()),
-                    other => Err(Status::internal(format!(
-                        "{} ended with {other:?}",
-                        argv.first().map_or("", String::as_str)
-                    ))),
-                };
+            match response.event {
+                Some(exec_response::Event::Stdout(bytes)) => {
+                    let room = MAX_OUTPUT_BYTES.saturating_sub(said.len());
+                    said.extend_from_slice(&bytes[..bytes.len().min(room)]);
+                }
+                Some(exec_response::Event::Exited(exited)) => {
+                    return match exited.status {
+                        Some(exited::Status::Code(0)) => Ok(said),
+                        other => Err(Status::internal(format!(
+                            "{} ended with {other:?}",
+                            argv.first().map_or("", String::as_str)
+                        ))),
+                    };
+                }
+                _ => {}
             }
         }
         Err(Status::new(Code::Internal, "the agent told no exit status"))

@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 use crate::id::{SandboxId, SnapshotId};
 use crate::time::{Stage, UnixMillis};
 
-pub use snapshot::{Chains, SnapshotKind, SnapshotRecord, SnapshotState};
+pub use snapshot::{Base, Chains, SnapshotKind, SnapshotRecord, SnapshotState};
 pub use state::{IllegalTransition, State, Transition};
 
 /// One sandbox. Stored as JSON: fields may be added with `#[serde(default)]`,
@@ -57,9 +57,8 @@ pub struct SandboxRecord {
     /// What it was forked from.
     #[serde(default)]
     pub parent: Option<SandboxId>,
-    /// Of the image that its layers lie on.
     #[serde(default)]
-    pub rootfs_sha256: String,
+    pub base: Base,
 }
 
 /// What a sandbox takes of its host.
@@ -233,7 +232,7 @@ pub(crate) mod tests {
             saved: None,
             snapshot: None,
             parent: None,
-            rootfs_sha256: String::new(),
+            base: Base::default(),
         }
     }
 
@@ -253,7 +252,7 @@ pub(crate) mod tests {
             "saved",
             "snapshot",
             "parent",
-            "rootfs_sha256",
+            "base",
         ] {
             fields.remove(optional);
         }

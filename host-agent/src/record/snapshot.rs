@@ -17,6 +17,15 @@ pub struct Chains {
     pub disk: Vec<SnapshotId>,
 }
 
+/// The files of a template that a sandbox was booted with, as its manifest names
+/// them.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct Base {
+    pub kernel_sha256: String,
+    /// Of the image that disk layers lie on.
+    pub rootfs_sha256: String,
+}
+
 /// Why a snapshot is kept.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -54,8 +63,8 @@ pub struct SnapshotRecord {
     pub name: Option<String>,
     /// What the first of its line was booted from.
     pub template: String,
-    /// Of the image that its disk layers lie on.
-    pub rootfs_sha256: String,
+    #[serde(default)]
+    pub base: Base,
     /// What it is of; none for a template's own.
     #[serde(default)]
     pub sandbox: Option<SandboxId>,

@@ -13,7 +13,7 @@ use super::restore::Plan;
 use super::spec::CreateSpec;
 use crate::admission::Reservation;
 use crate::id::{SandboxId, SnapshotId};
-use crate::record::{Reply, Resources, SandboxRecord, State};
+use crate::record::{Base, Reply, Resources, SandboxRecord, State};
 use crate::status::Refusal;
 use crate::template::{OpenTemplate, TemplateError};
 use crate::time::{Stage, Stopwatch, UnixMillis};
@@ -165,7 +165,7 @@ impl Pool {
                 let resources = spec.resolve_of(snapshot.resources, capacity, max_vcpus)?;
                 kvm?;
                 let plan = self.plan(&snapshot, hold).map_err(StartError::from)?;
-                let base = (snapshot.template, snapshot.rootfs_sha256);
+                let base = (snapshot.template, snapshot.base);
                 (resources, Origin::Restore(Box::new(plan)), base)
             }
             None if by_id.is_some() => return Err(CreateError::SnapshotNotFound(name.clone())),
@@ -182,7 +182,7 @@ impl Pool {
                         error,
                     })?;
                 kvm?;
-                let base = (name.clone(), manifest.rootfs.sha256.clone());
+                let base = (name.clone(), manifest.base());
                 (resources, self.origin_of(name, template, resources), base)
             }
         };
@@ -223,7 +223,7 @@ impl Pool {
         &self,
         id: SandboxId,
         resources: Resources,
-        (template, rootfs_sha256): (String, String),
+        (template, base): (String, Base),
         origin: &Origin,
     ) -> SandboxRecord {
         let plan = match origin {
@@ -248,7 +248,7 @@ impl Pool {
             saved: None,
             snapshot: plan.map(|plan| plan.snapshot.clone()),
             parent: None,
-            rootfs_sha256,
+            base,
         }
     }
 }

@@ -130,7 +130,7 @@ pub enum RestoreError {
 #[derive(Debug, thiserror::Error)]
 pub enum SaveError {
     #[error("{0}")]
-    Store(#[from] CommitError),
+    Store(CommitError),
     #[error("{0}")]
     Transition(#[from] IllegalTransition),
     #[error("{0}")]
@@ -238,6 +238,17 @@ pub enum WatchError {
     FellBehind { missed: u64 },
     #[error("soulboxd is stopping; watch again when it runs")]
     Stopping,
+}
+
+// === impl SaveError ===
+
+impl From<CommitError> for SaveError {
+    fn from(error: CommitError) -> Self {
+        match error {
+            CommitError::Full => Self::DiskFull,
+            other => Self::Store(other),
+        }
+    }
 }
 
 // === impl StartError ===

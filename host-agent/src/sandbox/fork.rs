@@ -91,7 +91,7 @@ impl Pool {
         let plan = plan.map_err(|error| refuse(StartError::from(error).into()))?;
         let expires_at = ttl.map(|ttl| UnixMillis::now().plus(ttl));
         let child = |id| {
-            let base = (snapshot.template.clone(), snapshot.rootfs_sha256.clone());
+            let base = (snapshot.template.clone(), snapshot.base.clone());
             let origin = Origin::Restore(Box::new(plan.clone()));
             let mut record = self.new_record(id, resources, base, &origin);
             record.labels.clone_from(&spec.labels);

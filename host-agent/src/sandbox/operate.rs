@@ -357,7 +357,7 @@ impl Actor {
             state: SnapshotState::Ready,
             name: spec.name,
             template: self.record.template.clone(),
-            rootfs_sha256: self.record.rootfs_sha256.clone(),
+            base: self.record.base.clone(),
             sandbox: Some(self.record.id.clone()),
             chains: self.record.chains.clone(),
             resources: self.record.resources,
@@ -378,7 +378,7 @@ impl Actor {
         let hold = self.pool.snapshots.begin(making).map_err(SaveError::from)?;
         let folder = self.pool.snapshots.files(&id);
         let from = self.pool.snapshots.files(&saved);
-        let manifest = Manifest::of(&record, "", &self.pool.facts.cpu_model).to_json();
+        let manifest = Manifest::of(&record, &self.pool.facts.cpu_model).to_json();
         let sealed = tokio::task::spawn_blocking(move || {
             folder.begin_copy(&from)?;
             folder.seal(&manifest, false)

@@ -48,7 +48,7 @@ impl Pool {
     /// To make a sandbox from `snapshot`, or to take one back to it.
     pub(super) fn plan(&self, snapshot: &SnapshotRecord, hold: Hold) -> Result<Plan, RestoreError> {
         let template = self.templates.open(&snapshot.template)?;
-        if template.manifest.rootfs.sha256 != snapshot.rootfs_sha256 {
+        if template.manifest.rootfs.sha256 != snapshot.base.rootfs_sha256 {
             return Err(RestoreError::OtherDisk {
                 snapshot: snapshot.id.clone(),
                 template: snapshot.template.clone(),

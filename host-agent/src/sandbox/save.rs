@@ -136,7 +136,7 @@ impl Actor {
             state: SnapshotState::Making,
             name: spec.name.clone(),
             template: self.record.template.clone(),
-            rootfs_sha256: self.record.rootfs_sha256.clone(),
+            base: self.record.base.clone(),
             sandbox: self.is_listed.then(|| self.record.id.clone()),
             chains: layering.chains,
             resources: self.record.resources,
@@ -259,10 +259,7 @@ impl Actor {
         };
         let mut record = making.record.clone();
         let folder = self.pool.snapshots.files(&record.id);
-        let kernel_sha256 = self.pool.templates.open(&record.template);
-        let kernel_sha256 =
-            kernel_sha256.map_or_else(|_| String::new(), |open| open.manifest.kernel.sha256);
-        let manifest = Manifest::of(&record, &kernel_sha256, &self.pool.facts.cpu_model).to_json();
+        let manifest = Manifest::of(&record, &self.pool.facts.cpu_model).to_json();
         let cold = spec.cold;
         let sealed = tokio::task::spawn_blocking(move || folder.seal(&manifest, cold)).await;
         let sizes = sealed

@@ -349,7 +349,7 @@ mod tests {
 
     #[test]
     fn none_are_kept_where_none_are_configured() {
-        let shells = shells("[shells]\nminimum = 0\nmaximum = 0\n");
+        let shells = shells("[shells]\nmaximum = 0\n");
         assert_eq!(shells.lacking(), None);
     }
 }

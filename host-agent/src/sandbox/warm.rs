@@ -52,8 +52,6 @@ enum WarmError {
         path: std::path::PathBuf,
         source: std::io::Error,
     },
-    #[error("the guest cannot write its disk: {0}")]
-    Sync(String),
     #[error("{0}")]
     Request(#[from] RequestError),
     #[error("its file cannot be written ({0})")]
@@ -120,7 +118,7 @@ impl Pool {
             .reserve(resources)
             .map_err(CreateError::from)?;
         let id = SandboxId::random().map_err(CreateError::Random)?;
-        let base = (name.clone(), template.manifest.rootfs.sha256.clone());
+        let base = (name.clone(), template.manifest.base());
         let origin = Origin::Boot(template);
         let record = self.new_record(id, resources, base, &origin);
         let mut actor = Actor::new(self, record);
@@ -134,8 +132,7 @@ impl Pool {
         let made = self.leaving.run_until_cancelled(made).await;
         actor.remove_unlisted().await;
         let snapshot = made.unwrap_or(Err(WarmError::Stopping))?;
-        let recorded = self.record_working_set(&snapshot);
-        if let Some(Err(error)) = self.leaving.run_until_cancelled(recorded).await {
+        if let Err(error) = self.record_working_set(&snapshot).await {
             tracing::warn!(template = name, %error, "what its sandboxes write first is not known; they start slower");
         }
         tracing::info!(template = name, snapshot = %snapshot.id, "its sandboxes start from a snapshot now");
@@ -159,15 +156,16 @@ impl Pool {
             .reserve(snapshot.resources)
             .map_err(CreateError::from)?;
         let id = SandboxId::random().map_err(CreateError::Random)?;
-        let base = (snapshot.template.clone(), snapshot.rootfs_sha256.clone());
+        let base = (snapshot.template.clone(), snapshot.base.clone());
         let origin = Origin::Restore(Box::new(plan.clone()));
         let record = self.new_record(id.clone(), snapshot.resources, base, &origin);
         let mut actor = Actor::new(self, record);
         actor.is_listed = false;
         actor.reservation = Some(reservation);
-        let recorded = actor.restore_and_record(&plan, &id).await;
+        let recorded = actor.restore_and_record(&plan, &id);
+        let recorded = self.leaving.run_until_cancelled(recorded).await;
         actor.remove_unlisted().await;
-        recorded
+        recorded.unwrap_or(Err(WarmError::Stopping))
     }
 
     /// A digest of all that goes into a template's own snapshot.
@@ -205,7 +203,7 @@ impl Pool {
 
     /// Whether the template is still the one that the snapshot was made of.
     pub(super) fn is_current(&self, snapshot: &SnapshotRecord, manifest: &Manifest) -> bool {
-        snapshot.rootfs_sha256 == manifest.rootfs.sha256
+        snapshot.base == manifest.base()
     }
 
     /// Nothing is made from a template's own snapshot any more that another key
@@ -268,13 +266,8 @@ impl Actor {
         for argv in self.pool.config.templates.warm_up.clone() {
             self.warm_up_with(&argv).await;
         }
-        let sync = ["/bin/sync".to_owned()];
-        let guest = self.guest.clone();
-        if let Some(guest) = &guest {
-            let synced = timeout(WARM_UP, guest.run(&sync)).await;
-            let synced = synced.map_err(|_| WarmError::Sync("no answer".to_owned()))?;
-            synced.map_err(|status| WarmError::Sync(status.message().to_owned()))?;
-        }
+        // So that no clone has to write what the warm-up has left.
+        self.warm_up_with(&["/bin/sync".to_owned()]).await;
         self.give_back_free_memory().await;
         let spec = SaveSpec {
             key: Some(key),
@@ -308,7 +301,7 @@ impl Actor {
         let Some(guest) = &self.guest else { return };
         let program = argv.first().map_or("", String::as_str);
         match timeout(WARM_UP, guest.run(argv)).await {
-            Ok(Ok(())) => {}
+            Ok(Ok(_)) => {}
             Ok(Err(status)) => {
                 tracing::debug!(program, status = status.message(), "not warmed up with");
             }
@@ -319,9 +312,13 @@ impl Actor {
     /// What the guest does not use need not be in its snapshot.
     async fn give_back_free_memory(&self) {
         let Some(guest) = &self.guest else { return };
-        let free_mib = match guest.health().await {
-            Ok(health) => health.memory_available_bytes >> 20,
-            Err(_) => return,
+        // Not what is available: that is also what the warm-up has read.
+        let meminfo = ["/bin/cat", "/proc/meminfo"].map(str::to_owned);
+        let Ok(Ok(meminfo)) = timeout(WARM_UP, guest.run(&meminfo)).await else {
+            return;
+        };
+        let Some(free_mib) = free_mib(&meminfo) else {
+            return;
         };
         let target_mib = free_mib
             .saturating_sub(BALLOON_LEAVES_MIB)
@@ -379,6 +376,16 @@ impl Actor {
     }
 }
 
+/// What nobody uses, by /proc/meminfo.
+fn free_mib(meminfo: &[u8]) -> Option<u64> {
+    let text = std::str::from_utf8(meminfo).ok()?;
+    let line = text
+        .lines()
+        .find_map(|line| line.strip_prefix("MemFree:"))?;
+    let kib: u64 = line.trim().strip_suffix(" kB")?.parse().ok()?;
+    Some(kib >> 10)
+}
+
 struct HashWriter<'a>(&'a mut Sha256);
 
 impl std::io::Write for HashWriter<'_> {
@@ -399,4 +406,23 @@ fn hex(digest: &[u8]) -> String {
         let _ = write!(text, "{byte:02x}");
     }
     text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn free_memory_is_read_from_what_the_kernel_says() {
+        let meminfo = b"MemTotal:  507392 kB\nMemFree:  307200 kB\nMemAvailable: 400000 kB\n";
+        assert_eq!(free_mib(meminfo), Some(300));
+        for other in [b"".as_slice(), b"MemFree: many kB\n", &[0xff; 9]] {
+            assert_eq!(free_mib(other), None);
+        }
+    }
+
+    #[test]
+    fn a_digest_is_written_in_hexadecimal() {
+        assert_eq!(hex(&[0, 0x7f, 0xff]), "007fff");
+    }
 }

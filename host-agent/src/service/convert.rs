@@ -95,6 +95,16 @@ pub(super) fn template(summary: TemplateSummary, default: &str) -> proto::Templa
     template
 }
 
+/// A snapshot as a template, if it has the name for that.
+pub(super) fn named_snapshot(record: &SnapshotRecord) -> Option<proto::Template> {
+    Some(proto::Template {
+        name: record.name.clone()?,
+        description: format!("snapshot {} of {}", record.id, record.template),
+        rootfs_size_bytes: u64::from(record.resources.disk_mib) << 20,
+        ..proto::Template::default()
+    })
+}
+
 fn resources(resources: Resources) -> proto::Resources {
     proto::Resources {
         vcpus: resources.vcpus,

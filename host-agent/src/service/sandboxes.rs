@@ -14,6 +14,7 @@ use tonic::{Request, Response, Status, Streaming};
 
 use super::{convert, exec, snapshots, watch};
 use crate::id::SandboxId;
+use crate::record::SnapshotRecord;
 use crate::sandbox::{CreateError, CreateSpec, Pool};
 use crate::status::{Bug, FieldViolation, status};
 
@@ -218,11 +219,13 @@ impl SandboxService for SandboxApi {
         let listed =
             listed.map_err(|error| status(&Bug(format!("templates were not read: {error}"))))?;
         let default = &self.pool.config().defaults.template;
+        let listed = listed
+            .into_iter()
+            .map(|summary| convert::template(summary, default));
+        let named = self.pool.snapshots().list(SnapshotRecord::is_listed);
+        let named = named.iter().filter_map(convert::named_snapshot);
         Ok(Response::new(proto::ListTemplatesResponse {
-            templates: listed
-                .into_iter()
-                .map(|summary| convert::template(summary, default))
-                .collect(),
+            templates: listed.chain(named).collect(),
         }))
     }
 }

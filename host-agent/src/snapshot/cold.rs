@@ -28,14 +28,14 @@ pub(super) fn unpack(from: &Path, to: &Path) -> io::Result<()> {
     }
     let mut decoder = zstd::Decoder::new(File::open(from)?)?;
     let plain = create(to)?;
-    let mut piece = vec![0; PIECE_BYTES];
+    let (mut piece, zeros) = (vec![0; PIECE_BYTES], vec![0; PIECE_BYTES]);
     let mut offset = 0;
     loop {
         let filled = fill(&mut decoder, &mut piece)?;
         if filled == 0 {
             break;
         }
-        if piece[..filled].iter().any(|byte| *byte != 0) {
+        if piece[..filled] != zeros[..filled] {
             plain.write_all_at(&piece[..filled], offset)?;
         }
         offset += filled as u64;

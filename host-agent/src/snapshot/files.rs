@@ -142,7 +142,7 @@ impl SnapshotFiles {
             &self.folder
         };
         // The manifest first: without it the folder is no snapshot.
-        for name in [MANIFEST, STATE, MEMORY, COLD_MEMORY] {
+        for name in [MANIFEST, STATE, MEMORY, COLD_MEMORY, WORKING_SET] {
             absent_is_fine(fs::remove_file(folder.join(name)))?;
         }
         let disk_bytes = allocated(&folder.join(DISK));

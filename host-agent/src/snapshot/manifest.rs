@@ -4,7 +4,7 @@
 use serde::Serialize;
 
 use crate::id::{SandboxId, SnapshotId};
-use crate::record::{Chains, Resources, SnapshotRecord};
+use crate::record::{Base, Chains, Resources, SnapshotRecord};
 
 /// Raised when a folder is laid out otherwise.
 const FORMAT: u32 = 1;
@@ -14,8 +14,7 @@ pub struct Manifest<'a> {
     format: u32,
     id: &'a SnapshotId,
     template: &'a str,
-    kernel_sha256: &'a str,
-    rootfs_sha256: &'a str,
+    base: &'a Base,
     /// The CPU that it was made on.
     cpu_model: &'a str,
     sandbox: Option<&'a SandboxId>,
@@ -28,13 +27,12 @@ pub struct Manifest<'a> {
 // === impl Manifest ===
 
 impl<'a> Manifest<'a> {
-    pub fn of(record: &'a SnapshotRecord, kernel_sha256: &'a str, cpu_model: &'a str) -> Self {
+    pub fn of(record: &'a SnapshotRecord, cpu_model: &'a str) -> Self {
         Self {
             format: FORMAT,
             id: &record.id,
             template: &record.template,
-            kernel_sha256,
-            rootfs_sha256: &record.rootfs_sha256,
+            base: &record.base,
             cpu_model,
             sandbox: record.sandbox.as_ref(),
             chains: &record.chains,

@@ -344,6 +344,7 @@ impl Drop for Hold {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::record::Base;
     use crate::time::UnixMillis;
 
     fn id() -> SnapshotId {
@@ -360,7 +361,7 @@ mod tests {
             state: SnapshotState::Ready,
             name: None,
             template: "base".to_owned(),
-            rootfs_sha256: String::new(),
+            base: Base::default(),
             sandbox: None,
             resources: Resources {
                 vcpus: 1,

@@ -2,6 +2,8 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::record::Base;
+
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Manifest {
@@ -68,6 +70,14 @@ impl Manifest {
             ));
         }
         Ok(())
+    }
+
+    /// What tells its files from those of another build.
+    pub fn base(&self) -> Base {
+        Base {
+            kernel_sha256: self.kernel.sha256.clone(),
+            rootfs_sha256: self.rootfs.sha256.clone(),
+        }
     }
 
     /// The size of the root disk, rounded up.

@@ -15,7 +15,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Code, Request, Response, Status, Streaming};
 use tonic_types::{ErrorDetails, StatusExt as _};
 
-use crate::monitor::{Machine, fault_in_guest};
+use crate::monitor::{Machine, fault_in_guest, log};
 
 pub async fn serve(machine: Machine, incoming: mpsc::Receiver<std::io::Result<UnixStream>>) {
     tonic::transport::Server::builder()
@@ -38,7 +38,7 @@ struct Program(String);
 
 impl Drop for Program {
     fn drop(&mut self) {
-        println!("ended: {}", self.0);
+        log!("ended: {}", self.0);
     }
 }
 
@@ -123,6 +123,10 @@ async fn program(
         "sleep" => std::future::pending().await,
         "set" => machine.set_word(&argv[1]),
         "get" => say(exec_response::Event::Stdout(machine.word().into())).await,
+        "/bin/cat" => {
+            let meminfo = "MemTotal: 524288 kB\nMemFree: 307200 kB\n";
+            say(exec_response::Event::Stdout(meminfo.into())).await;
+        }
         "write" => machine.write(&argv[1]),
         "read" => say(exec_response::Event::Stdout(machine.read().into())).await,
         "panic" => {
@@ -150,7 +154,7 @@ impl SystemService for Agent {
             return Err(Status::internal("as the test wants it"));
         }
         let request = request.get_ref();
-        println!("hostname: {}", request.hostname);
+        log!("hostname: {}", request.hostname);
         assert!(request.wall_clock.is_some());
         assert!(request.entropy.len() >= 32 && request.entropy.iter().any(|byte| *byte != 0));
         assert_eq!(request.new_identity, !request.hostname.is_empty());
@@ -167,7 +171,7 @@ impl SystemService for Agent {
             return Err(Status::internal("as the test wants it"));
         }
         self.0.runs.send_modify(|runs| runs.programs = false);
-        println!("suspended");
+        log!("suspended");
         Ok(Response::new(guest::SuspendResponse {}))
     }
 
@@ -186,7 +190,7 @@ impl SystemService for Agent {
         &self,
         _request: Request<guest::ShutdownRequest>,
     ) -> Result<Response<guest::ShutdownResponse>, Status> {
-        println!("clean stop");
+        log!("clean stop");
         if &*self.0.behaviour == "stubborn" {
             std::future::pending::<()>().await;
         }

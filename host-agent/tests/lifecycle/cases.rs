@@ -90,7 +90,7 @@ cases! {
     a_full_disk_costs_no_sandbox,
 }
 
-const FAST: &str = "[capacity]\nvcpus = 8\nmemory_mib = 4096\n[timeouts]\nboot_ms = 20000\nclean_stop_ms = 2000\ndrain_ms = 200\n[shells]\nmaximum = 0\nminimum = 0\n[templates]\nsnapshot = false\n";
+const FAST: &str = "[capacity]\nvcpus = 8\nmemory_mib = 4096\n[timeouts]\nboot_ms = 20000\nclean_stop_ms = 2000\ndrain_ms = 200\n[shells]\nmaximum = 0\n[templates]\nsnapshot = false\n";
 
 fn host() -> Host {
     host_with(FAST)

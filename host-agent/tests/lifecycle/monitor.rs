@@ -25,6 +25,14 @@ use tokio::sync::{mpsc, watch};
 
 use crate::agent;
 
+/// Prints to the log, also when its disk is full.
+macro_rules! log {
+    ($($what:tt)*) => {
+        let _ = std::io::Write::write_fmt(&mut std::io::stdout(), format_args!("{}\n", format_args!($($what)*)));
+    };
+}
+pub(crate) use log;
+
 pub const CONSOLE: &[u8] = b"[    0.000000] Linux version of the test\n";
 /// Where the guest's word lies in its memory.
 const WORD_OFFSET: u64 = 4096;
@@ -80,7 +88,7 @@ async fn fault(step: &str) -> Option<String> {
     if at != step {
         return None;
     }
-    println!("fault: {wanted}");
+    log!("fault: {wanted}");
     // Tells the test that it is here.
     let here: PathBuf = state.parent()?.join("here");
     std::fs::write(here, step).unwrap();
@@ -326,7 +334,7 @@ async fn restored(
         machine.connections.send(Ok(guest)).await.unwrap();
         hosts.push(host);
     }
-    println!("restored with {} spares", hosts.len());
+    log!("restored with {} spares", hosts.len());
     let restored = proto::Restored {
         stages: vec![stage("memory"), stage("state"), stage("start")],
         started_at_ns: 1,
@@ -469,44 +477,19 @@ impl Machine {
         };
         let next = fds.file(disk.next_layer_fd.unwrap());
         assert_eq!(next.metadata().unwrap().len(), 0);
-        let (memory_layers, paused);
-        {
+        let memory_layers = 1 + usize::try_from(snapshot.keep_memory_layers).unwrap();
+        let written = {
             let mut guest = self.guest.lock().unwrap();
-            let keep = usize::try_from(snapshot.keep_memory_layers).unwrap();
-            assert!(keep <= guest.memory_layers);
-            memory_layers = keep + 1;
-            memory
-                .set_len(u64::from(guest.state.memory_mib) << 20)
-                .unwrap();
-            let mut word = guest.word.clone().into_bytes();
-            word.resize(64, 0);
-            if memory.write_all_at(&word, WORD_OFFSET).is_err() {
-                self.runs.send_modify(|runs| runs.machine = ran);
-                return error(Code::DiskFull, "no space for the memory");
-            }
-            let keep = usize::try_from(disk.keep).unwrap();
-            let top = std::mem::replace(&mut guest.top, next);
-            guest.frozen.push(top);
-            if let Some(merged) = disk.merged_layer_fd {
-                let mut merged = fds.file(merged);
-                let rest: String = guest
-                    .frozen
-                    .drain(keep..)
-                    .map(|layer| content(&layer))
-                    .collect();
-                merged.write_all(rest.as_bytes()).unwrap();
-                guest.frozen.push(merged);
-            }
-            assert_eq!(guest.frozen.len(), keep + 1);
-            guest.state.memory_layers = memory_layers;
-            guest.state.disk_layers = guest.frozen.len();
-            let json = serde_json::to_string(&guest.state).unwrap();
-            write!(state, "{MAGIC}{json}").unwrap();
-            paused = snapshot.leave_paused;
+            guest.write_snapshot(memory_layers, &mut state, &memory, disk, next, &mut fds)
+        };
+        if written.is_err() {
+            self.runs.send_modify(|runs| runs.machine = ran);
+            return error(Code::DiskFull, "no space for the snapshot");
         }
         // The machine writes to its next layer from here on.
         fault("swapped").await;
-        self.runs.send_modify(|runs| runs.machine = !paused);
+        self.runs
+            .send_modify(|runs| runs.machine = !snapshot.leave_paused);
         reply::Result::Snapshotted(proto::Snapshotted {
             stages: vec![stage("memory")],
             paused_ns: 2_000_000,
@@ -563,6 +546,46 @@ impl Machine {
     }
 }
 
+impl Guest {
+    /// Nothing has changed when it fails.
+    fn write_snapshot(
+        &mut self,
+        memory_layers: usize,
+        state: &mut std::fs::File,
+        memory: &std::fs::File,
+        disk: &proto::SnapshotDisk,
+        next: std::fs::File,
+        fds: &mut Fds,
+    ) -> std::io::Result<()> {
+        assert!(memory_layers <= self.memory_layers + 1);
+        memory.set_len(u64::from(self.state.memory_mib) << 20)?;
+        let mut word = self.word.clone().into_bytes();
+        word.resize(64, 0);
+        memory.write_all_at(&word, WORD_OFFSET)?;
+        let keep = usize::try_from(disk.keep).unwrap();
+        let merged = disk.merged_layer_fd.map(|merged| fds.file(merged));
+        if let Some(mut merged) = merged.as_ref() {
+            let rest = self.frozen[keep..].iter().chain([&self.top]);
+            let rest: String = rest.map(content).collect();
+            merged.write_all(rest.as_bytes())?;
+        }
+        self.state.memory_layers = memory_layers;
+        self.state.disk_layers = keep + 1;
+        let json = serde_json::to_string(&self.state).unwrap();
+        state.write_all(format!("{MAGIC}{json}").as_bytes())?;
+        let top = std::mem::replace(&mut self.top, next);
+        match merged {
+            Some(merged) => {
+                self.frozen.truncate(keep);
+                self.frozen.push(merged);
+            }
+            None => self.frozen.push(top),
+        }
+        assert_eq!(self.frozen.len(), keep + 1);
+        Ok(())
+    }
+}
+
 fn content(layer: &std::fs::File) -> String {
     let mut bytes = vec![0; usize::try_from(layer.metadata().unwrap().len()).unwrap()];
     layer.read_exact_at(&mut bytes, 0).unwrap();
@@ -581,7 +604,7 @@ async fn accept_clients(machine: Machine, listener: OwnedFd) {
 }
 
 async fn serve_control(machine: Machine, control: Arc<ControlSocket>) {
-    while let Some((id, op, fds)) = receive(&control).await {
+    while let Some((id, op, mut fds)) = receive(&control).await {
         let result = match op {
             request::Op::Shutdown(_) if &*machine.behaviour == "stubborn" => continue,
             request::Op::Shutdown(_) => {
@@ -595,12 +618,12 @@ async fn serve_control(machine: Machine, control: Arc<ControlSocket>) {
             request::Op::SetBalloon(set) => {
                 let mut guest = machine.guest.lock().unwrap();
                 assert!(set.target_mib < guest.state.memory_mib);
+                log!("balloon: {}", set.target_mib);
                 guest.balloon_mib = set.target_mib;
                 reply::Result::BalloonSet(proto::BalloonSet {})
             }
             request::Op::RecordWorkingSet(record) => {
-                let file = &fds[record.file_fd as usize];
-                rustix::io::write(file, b"working set").unwrap();
+                fds.file(record.file_fd).write_all(b"working set").unwrap();
                 reply::Result::WorkingSetRecorded(proto::WorkingSetRecorded { bytes: 11 })
             }
             request::Op::GetMetrics(_) => machine.metrics(),
@@ -633,6 +656,6 @@ async fn handshake(mut stream: UnixStream) -> std::io::Result<UnixStream> {
     tokio::time::timeout(limit, stream.read_exact(&mut asked)).await??;
     assert_eq!(&asked, b"CONNECT 1024\n");
     stream.write_all(b"OK 1073741824\n").await?;
-    println!("dialled");
+    log!("dialled");
     Ok(stream)
 }

@@ -561,7 +561,7 @@ pub(super) async fn the_command_line_saves_and_brings_back() {
     };
     let (id, _) = soulbox(&["create"]);
     soulbox(&["exec", &id, "set", "kept"]);
-    let (snapshot, told) = soulbox(&["snapshot", &id, "--name", "warm", "--timings"]);
+    let (snapshot, told) = soulbox(&["snapshot", "create", &id, "--name", "warm", "--timings"]);
     assert!(told.contains("snapshot.memory"), "{told}");
     let (listed, _) = soulbox(&["snapshot", "ls", "--output", "json"]);
     let listed: serde_json::Value = serde_json::from_str(&listed).unwrap();
@@ -584,6 +584,7 @@ pub(super) async fn the_command_line_saves_and_brings_back() {
     assert_eq!(forked["children"][0]["parent_id"], id.as_str());
     assert!(soulbox(&["get", &id]).0.contains(&snapshot));
     assert!(soulbox(&["snapshot", "ls"]).0.contains("warm"));
+    assert!(soulbox(&["template", "ls"]).0.contains(&snapshot));
     let refused = host.soulbox(&["snapshot", "rm", &snapshot]);
     assert_eq!(refused.status.code(), Some(1));
     let told = String::from_utf8_lossy(&refused.stderr).into_owned();
