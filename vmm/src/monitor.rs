@@ -2,6 +2,7 @@
 //! serves devices, events and further requests from one epoll loop until the
 //! machine is over.
 
+use std::io::ErrorKind;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use rustix::event::epoll;
@@ -515,23 +516,21 @@ fn new_console(client: Option<OwnedFd>) -> Result<Console, Refusal> {
     Console::new(client).map_err(|error| refusal(Code::Host, &error))
 }
 
-/// The most spare connections of a machine.
-const MAX_SPARES: u32 = 16;
-
 fn open_spares(machine: &Machine, spares: &v1::OpenSpares) -> Result<(), Refusal> {
-    if !(1..=MAX_SPARES).contains(&spares.count) {
-        return Err(Refusal {
-            code: Code::Invalid,
-            message: format!("count: {} is not within 1–{MAX_SPARES}", spares.count),
-        });
-    }
     let opened = machine.with_chip(|chip| match chip {
         Chip::Vsock(vsock) => Some(vsock.open_spares(spares.guest_port, spares.count)),
         _ => None,
     });
     match opened {
         Some(Ok(())) => Ok(()),
-        Some(Err(error)) => Err(refusal(Code::Host, &error)),
+        Some(Err(error)) => Err(refusal(
+            match error.kind() {
+                ErrorKind::InvalidInput => Code::Invalid,
+                ErrorKind::NotConnected | ErrorKind::ResourceBusy => Code::WrongState,
+                _ => Code::Host,
+            },
+            &error,
+        )),
         None => Err(Refusal {
             code: Code::WrongState,
             message: "the machine has no vsock".into(),

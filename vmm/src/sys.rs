@@ -1,9 +1,12 @@
-//! Small bridges: to descriptors of crates that predate `AsFd`, to malloc, and
-//! to close_range(2).
+//! Small bridges: to descriptors of crates that predate `AsFd`, to malloc, to
+//! madvise(2) and to close_range(2).
 #![allow(unsafe_code)]
 
 use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
 
+use rustix::io::Errno;
+use rustix::mm::{Advice, madvise};
+use vm_memory::MmapRegion;
 use vmm_sys_util::eventfd::EventFd;
 
 /// `EventFd` owns its descriptor but does not implement `AsFd`.
@@ -20,6 +23,13 @@ pub(crate) fn use_one_malloc_arena() {
     // SAFETY: mallopt only changes a parameter of the allocator; it is called
     // before there is a second thread.
     unsafe { libc::mallopt(libc::M_ARENA_MAX, 1) };
+}
+
+/// Has a fault in a mapped file read the one page, and not megabytes around it.
+pub(crate) fn map_page_by_page(region: &MmapRegion) -> Result<(), Errno> {
+    // SAFETY: the range is a mapping that lives as long as `region`, and the
+    // advice changes nothing of what it holds. vm-memory has no such call.
+    unsafe { madvise(region.as_ptr().cast(), region.size(), Advice::Random) }
 }
 
 /// Closes every descriptor above standard error but `keep`: what a parent left

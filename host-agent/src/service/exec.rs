@@ -80,7 +80,9 @@ pub(super) async fn exec(
 
 async fn finish(after: Option<(Arc<Pool>, SandboxId)>) {
     if let Some((pool, id)) = after
-        && let Err(error) = pool.delete(&id, false).await
+        // Its program is over, and its disk goes with it: nothing is left that a
+        // clean stop would save.
+        && let Err(error) = pool.delete(&id, true).await
     {
         tracing::error!(sandbox = %id, %error, "not deleted after its program");
     }

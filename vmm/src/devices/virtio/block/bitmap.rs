@@ -138,6 +138,8 @@ impl FrozenBitmap {
                 MmapRegionError::Mmap(error) => error,
                 other => io::Error::other(other),
             })?;
+        // Around the map are holes, which would be read into the page cache.
+        crate::sys::map_page_by_page(&region)?;
         Ok(Self { region })
     }
 

@@ -186,10 +186,10 @@ impl Disk {
             .iter()
             .filter(|frozen| frozen.layer.is_unsynced());
         let mut files: Vec<Target> = frozen.map(|frozen| frozen.target).collect();
-        let writes = top.layer.begin_sync().map(|writes| {
+        let writes = top.layer.begin_sync();
+        if writes.is_some() {
             files.push(top.target);
-            writes
-        });
+        }
         (!files.is_empty()).then(|| Sync {
             files,
             writes: writes.unwrap_or_default(),

@@ -14,8 +14,9 @@ use super::Muxer;
 // === impl Muxer ===
 
 impl Muxer {
-    /// Asks the guest for `count` connections whose host's ends stay here. On an
-    /// error from the host, some of them may have been asked for.
+    /// Sees to it that there are `count` connections to the port whose host's ends
+    /// stay here; a snapshot leaves those that it has saved. On an error from the
+    /// host, some of them may have been asked for.
     pub(in super::super) fn open_spares(&mut self, guest_port: u32, count: u32) -> Result<()> {
         let refusal = |kind, words: String| Err(Error::new(kind, words));
         let count = usize::try_from(count).unwrap_or(usize::MAX);
@@ -32,6 +33,11 @@ impl Muxer {
             return refusal(ErrorKind::NotConnected, words);
         }
         let spares = self.spares().count();
+        let to_port = self
+            .connections
+            .iter()
+            .filter(|(key, link)| key.guest_port == guest_port && link.is_spare());
+        let count = count.saturating_sub(to_port.count());
         if spares + count > MAX_SPARES {
             let words = format!("{spares} spare connections exist, of at most {MAX_SPARES}");
             return refusal(ErrorKind::ResourceBusy, words);
