@@ -178,8 +178,8 @@ impl Actor {
             guest_port: RPC_PORT,
             count: SPARES,
         });
-        // The agent accepts them while it is asked to suspend. Those of an earlier
-        // snapshot may be all that the monitor takes.
+        // The agent accepts them while it is asked to suspend. A clone without any
+        // is dialled.
         match machine.control.request(open, &[]).await {
             Ok(_) | Err(RequestError::Refused(_)) => {}
             Err(error) => return Err(refused(error)),
@@ -216,9 +216,11 @@ impl Actor {
         let Ok(answered) = timeout(limit, asked).await else {
             // Nobody knows what it does, and to what.
             machine.process.kill();
-            return Err(SaveError::Slow {
+            let error = SaveError::Slow {
                 limit_ms: self.pool.config.timeouts.snapshot_ms,
-            });
+            };
+            self.verdict = Some(Failure::new("MONITOR_LOST", error.to_string()));
+            return Err(error);
         };
         let snapshotted = match answered.map_err(refused)? {
             reply::Result::Snapshotted(snapshotted) => snapshotted,

@@ -80,6 +80,7 @@ cases! {
     a_fork_is_all_or_nothing,
     a_snapshot_that_cannot_be_loaded_says_why,
     a_snapshot_that_fails_leaves_the_sandbox_running,
+    a_monitor_that_makes_no_snapshot_in_time_is_given_up,
     deleting_works_in_the_middle_of_everything,
     the_command_line_saves_and_brings_back,
     a_daemon_killed_while_it_saves_loses_nothing,

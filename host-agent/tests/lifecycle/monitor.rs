@@ -512,10 +512,10 @@ impl Machine {
         fault("spares").await;
         assert_eq!(open.guest_port, 1024);
         let mut guest = self.guest.lock().unwrap();
-        if guest.state.spares + open.count > MAX_SPARES {
+        if open.count > MAX_SPARES {
             return error(Code::Invalid, "too many spares");
         }
-        guest.state.spares += open.count;
+        guest.state.spares = guest.state.spares.max(open.count);
         reply::Result::SparesOpened(proto::SparesOpened {})
     }
 

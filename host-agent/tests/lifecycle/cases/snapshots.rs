@@ -486,6 +486,28 @@ pub(super) async fn a_snapshot_that_fails_leaves_the_sandbox_running() {
     assert_all_is_free(&daemon).await;
 }
 
+pub(super) async fn a_monitor_that_makes_no_snapshot_in_time_is_given_up() {
+    let host = host_with(&FAST.replace("drain_ms", "snapshot_ms = 500\ndrain_ms"));
+    let daemon = host.start();
+    let mut client = daemon.sandboxes().await;
+    let id = make(&mut client).await;
+    host.fault("snapshot:hang");
+    let status = pause(&mut client, &id).await.unwrap_err();
+    assert_eq!(
+        (status.code(), reason(&status).as_str()),
+        (Code::DeadlineExceeded, "SNAPSHOT_TIMEOUT")
+    );
+    eventually("it is not failed", async || {
+        get(&mut client, &id).await.state() == SandboxState::Failed
+    })
+    .await;
+    let failure = get(&mut client, &id).await.failure.unwrap();
+    assert_eq!(failure.reason, "MONITOR_LOST");
+    delete(&mut client, &id, false).await;
+    host.assert_nothing_left();
+    assert_all_is_free(&daemon).await;
+}
+
 pub(super) async fn deleting_works_in_the_middle_of_everything() {
     let host = host();
     let daemon = host.start();
