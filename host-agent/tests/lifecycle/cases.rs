@@ -21,7 +21,7 @@ use tonic::transport::Channel;
 use tonic::{Code, Status, Streaming};
 use tonic_types::StatusExt as _;
 
-use crate::support::{Daemon, Host, PATIENCE, X86_64, elf, fields, reason};
+use crate::support::{Daemon, Host, PATIENCE, X86_64, elf, fields, kill_logging_below, reason};
 
 mod calls;
 mod crashes;

@@ -156,26 +156,34 @@ impl Host {
     }
 
     fn logging_below(&self, folder: &str) -> Vec<i32> {
-        let logs = self.path(folder);
-        fs::read_dir("/proc")
-            .unwrap()
-            .flatten()
-            .filter_map(|entry| entry.file_name().to_str()?.parse().ok())
-            .filter(|pid: &i32| {
-                fs::read_link(format!("/proc/{pid}/fd/1")).is_ok_and(|log| log.starts_with(&logs))
-            })
-            .collect()
+        logging_below(&self.path(folder))
     }
 }
 
 impl Drop for Host {
     /// A test that fails leaves no process.
     fn drop(&mut self) {
-        for pid in self.logging_below("state") {
-            if let Some(pid) = rustix::process::Pid::from_raw(pid) {
-                // It may just have ended.
-                let _ = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
-            }
+        kill_logging_below(&self.path("state"));
+    }
+}
+
+/// Processes whose standard output is a file below `folder`.
+fn logging_below(folder: &Path) -> Vec<i32> {
+    fs::read_dir("/proc")
+        .unwrap()
+        .flatten()
+        .filter_map(|entry| entry.file_name().to_str()?.parse().ok())
+        .filter(|pid: &i32| {
+            fs::read_link(format!("/proc/{pid}/fd/1")).is_ok_and(|log| log.starts_with(folder))
+        })
+        .collect()
+}
+
+pub fn kill_logging_below(folder: &Path) {
+    for pid in logging_below(folder) {
+        if let Some(pid) = rustix::process::Pid::from_raw(pid) {
+            // It may just have ended.
+            let _ = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
         }
     }
 }

@@ -317,6 +317,8 @@ struct Mount(std::path::PathBuf);
 
 impl Drop for Mount {
     fn drop(&mut self) {
+        // Afterwards their logs are below no folder.
+        kill_logging_below(&self.0);
         let unmounted = std::process::Command::new("umount")
             .arg("--lazy")
             .arg(&self.0)
