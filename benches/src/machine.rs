@@ -27,6 +27,8 @@ pub(crate) struct Snapshot {
 /// When a machine ran.
 #[derive(Clone, Debug)]
 pub(crate) struct Started {
+    /// The request was sent here, with its descriptors open already.
+    pub(crate) sent_ns: u64,
     /// Its first KVM_RUN, by the monitor's word.
     pub(crate) kvm_run_ns: u64,
     /// The guest's byte was read here.
@@ -51,6 +53,7 @@ pub(crate) fn boot(monitor: &mut Monitor, dirty_mib: u32) -> Result<Started> {
     let (spec, mut console) = BootSpec::new(1, guest::memory_mib(dirty_mib), &kernel)?
         .with_pagemap(monitor)?
         .with_console()?;
+    let sent_ns = now_ns();
     let id = monitor.control().post(Op::Boot(spec.boot), &spec.fds)?;
     // The monitor has its own copies; without ours the pipe ends with it.
     drop(spec.fds);
@@ -58,6 +61,7 @@ pub(crate) fn boot(monitor: &mut Monitor, dirty_mib: u32) -> Result<Started> {
     let byte_ns = now_ns();
     match monitor.control().reply_to(id)?.0 {
         Reply::Booted(booted) => Ok(Started {
+            sent_ns,
             kvm_run_ns: booted.started_at_ns,
             byte_ns,
             stages: booted.stages,
@@ -156,6 +160,7 @@ impl Snapshot {
     pub(crate) fn restore(&self, monitor: &mut Monitor, shell: bool) -> Result<Started> {
         let (mut console, writer) = std::io::pipe()?;
         let spec = self.spec(monitor, shell, writer.into())?;
+        let sent_ns = now_ns();
         let id = monitor
             .control()
             .post(Op::Restore(spec.restore), &spec.fds)?;
@@ -164,6 +169,7 @@ impl Snapshot {
         let byte_ns = now_ns();
         match monitor.control().reply_to(id)?.0 {
             Reply::Restored(restored) => Ok(Started {
+                sent_ns,
                 kvm_run_ns: restored.started_at_ns,
                 byte_ns,
                 stages: restored.stages,

@@ -114,11 +114,11 @@ impl Starts {
         self.cold_boots(program)?;
         self.floor.push(ms(floor::to_first_exit(kvm)?));
 
-        let start = now_ns();
         let started = snapshot.restore(&mut shell, true)?;
         self.shell_to_run
-            .push(ms_between(start, started.kvm_run_ns));
-        self.shell_to_byte.push(ms_between(start, started.byte_ns));
+            .push(ms_between(started.sent_ns, started.kvm_run_ns));
+        self.shell_to_byte
+            .push(ms_between(started.sent_ns, started.byte_ns));
         self.shell_stages.add(started.stages());
 
         let start = now_ns();
@@ -152,9 +152,9 @@ impl Starts {
         // Once it answers, jailed and with nothing to measure, it waits.
         let metrics = Op::GetMetrics(v1::GetMetrics {});
         waiting.control().request(metrics, &[])?;
-        let start = now_ns();
         let started = machine::boot(&mut waiting, 0)?;
-        self.wait_to_boot.push(ms_between(start, started.byte_ns));
+        self.wait_to_boot
+            .push(ms_between(started.sent_ns, started.byte_ns));
         Ok(())
     }
 
@@ -242,11 +242,11 @@ impl Saves {
         drop(parent);
 
         let mut shell = machine::prepare(program, snapshot.memory_mib())?;
-        let start = now_ns();
         let started = snapshot
             .restore(&mut shell, true)
             .with_context(|| format!("resuming with {dirty_mib} MiB"))?;
-        self.resume.push(ms_between(start, started.byte_ns));
+        self.resume
+            .push(ms_between(started.sent_ns, started.byte_ns));
         Ok(())
     }
 

@@ -124,9 +124,9 @@ impl Samples {
 
         // Ours waits as a shell, theirs as a process that has its API open.
         let mut shell = machine::prepare(program, snapshot.memory_mib())?;
-        let start = now_ns();
         let started = snapshot.restore(&mut shell, true)?;
-        self.restore.push(ms_between(start, started.byte_ns));
+        self.restore
+            .push(ms_between(started.sent_ns, started.byte_ns));
         self.private_kib
             .push(Footprint::of(shell.pid())?.private_kib);
         drop(spawned);
