@@ -13,6 +13,7 @@ use soulbox_proto::guest::READY_PORT;
 use soulbox_proto::vmm::v1::{self, event::Event};
 use soulbox_vmm::testing::{BootSpec, Monitor};
 
+use crate::clock::ms_since;
 use crate::report::{Host, Promise, Report, Row, progress};
 
 const MEMORY_MIB: u32 = 256;
@@ -66,8 +67,8 @@ fn to_bare_init(program: &Path, kernel: &[u8], rootfs: &Path) -> Result<f64> {
         rootfs,
         &format!("{CMDLINE} init=/bin/echo -- {MARK}"),
     )?;
-    let (spec, mut console) = spec.with_console()?;
     let mut monitor = Monitor::spawn(program)?;
+    let (spec, mut console) = spec.with_pagemap(&monitor)?.with_console()?;
     let booted = monitor.control().boot(spec)?;
     let (mut seen, mut chunk) = (Vec::new(), [0; 4096]);
     while !contains(&seen, MARK.as_bytes()) {
@@ -91,6 +92,7 @@ fn to_ready_call(program: &Path, kernel: &[u8], rootfs: &Path) -> Result<f64> {
         });
     }
     let mut monitor = Monitor::spawn(program)?;
+    let spec = spec.with_pagemap(&monitor)?;
     let booted = monitor.control().boot(spec)?;
     match monitor.control().event()? {
         (Event::VsockConnection(call), _) if call.host_port == READY_PORT => {
@@ -129,10 +131,4 @@ fn contains(haystack: &[u8], needle: &[u8]) -> bool {
     haystack
         .windows(needle.len())
         .any(|window| window == needle)
-}
-
-fn ms_since(started_at_ns: u64) -> f64 {
-    let now = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
-    let now_ns = now.tv_sec as u64 * 1_000_000_000 + now.tv_nsec as u64;
-    now_ns.saturating_sub(started_at_ns) as f64 / 1e6
 }

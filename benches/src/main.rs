@@ -7,10 +7,18 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 
 mod boot;
+mod clock;
+mod cold_start;
+mod compare;
 mod floor;
+mod guest;
+mod machine;
+mod memory;
 mod monitor;
+mod picture;
 mod report;
-mod vmm;
+mod scratch;
+mod stages;
 
 /// Measures SoulBox on this machine.
 #[derive(Debug, Parser)]
@@ -20,14 +28,21 @@ struct Cli {
     /// instead of the table
     #[arg(long, global = true, value_name = "FILE")]
     json: Option<PathBuf>,
+    /// Draw the distributions of all times as SVG to this file
+    #[arg(long, global = true, value_name = "FILE")]
+    svg: Option<PathBuf>,
     #[command(subcommand)]
     bench: Bench,
 }
 
 #[derive(Debug, Subcommand)]
 enum Bench {
-    /// The monitor with tiny guests, beside the bare sequence of ioctls
-    Vmm(vmm::Options),
+    /// Cold boot, restore, pause, fork and teardown, and their memory: tiny guests
+    /// on the monitor itself, or Linux through a soulboxd
+    #[command(alias = "vmm")]
+    ColdStart(cold_start::Options),
+    /// The same tiny guest through another monitor, side by side
+    Compare(compare::Options),
     /// A Linux guest's cold boot, beside the same kernel with a bare init
     Boot(boot::Options),
 }
@@ -35,10 +50,14 @@ enum Bench {
 fn main() -> anyhow::Result<ExitCode> {
     let cli = Cli::parse();
     let report = match cli.bench {
-        Bench::Vmm(options) => vmm::run(&options)?,
+        Bench::ColdStart(options) => cold_start::run(&options)?,
+        Bench::Compare(options) => compare::run(&options)?,
         Bench::Boot(options) => boot::run(&options)?,
     };
     report.write(cli.json.as_deref())?;
+    if let Some(path) = &cli.svg {
+        picture::draw(&report, path)?;
+    }
     Ok(if report.promises_kept() {
         ExitCode::SUCCESS
     } else {

@@ -1,8 +1,10 @@
 //! Distributions, promises, and how they are shown.
 
+use std::fmt;
 use std::fs::File;
 use std::io::Write;
 use std::path::Path;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result};
 use comfy_table::{CellAlignment, Table};
@@ -18,26 +20,35 @@ pub(crate) struct Report {
     pub(crate) promises: Vec<Promise>,
 }
 
-/// Where it was measured. Figures compare only within one run.
+/// Where and when it was measured. Figures compare only within one run.
 #[derive(Debug, Serialize)]
 pub(crate) struct Host {
+    /// UTC.
+    pub(crate) date: String,
     pub(crate) kernel: String,
     pub(crate) cpu: String,
+    pub(crate) cpus: usize,
     pub(crate) hardware_virtualization: bool,
 }
 
 /// A measured quantity.
 #[derive(Debug, Serialize)]
 pub(crate) struct Row {
-    pub(crate) name: &'static str,
+    pub(crate) name: String,
     pub(crate) unit: &'static str,
-    pub(crate) samples: usize,
+    pub(crate) n: usize,
     pub(crate) p50: f64,
     pub(crate) p90: f64,
     pub(crate) p99: f64,
     pub(crate) max: f64,
     /// p50 over the p50 of the floor, where there is one.
     pub(crate) of_floor: Option<f64>,
+    /// A part of the row above it, which the picture leaves out.
+    #[serde(skip)]
+    pub(crate) is_part: bool,
+    /// In ascending order, for the picture.
+    #[serde(skip)]
+    pub(crate) samples: Vec<f64>,
 }
 
 /// A bound that the project promises, and what was found.
@@ -45,8 +56,15 @@ pub(crate) struct Row {
 pub(crate) struct Promise {
     pub(crate) promise: String,
     pub(crate) found: f64,
-    pub(crate) bound: f64,
+    pub(crate) bound: Bound,
     pub(crate) kept: bool,
+}
+
+#[derive(Clone, Copy, Debug, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub(crate) enum Bound {
+    AtMost(f64),
+    AtLeast(f64),
 }
 
 // === impl Host ===
@@ -64,6 +82,8 @@ impl Host {
         };
         let release = rustix::system::uname();
         Ok(Self {
+            date: utc_date(SystemTime::now().duration_since(UNIX_EPOCH)?),
+            cpus: std::thread::available_parallelism()?.get(),
             kernel: release.release().to_string_lossy().into_owned(),
             cpu: field("model name"),
             hardware_virtualization: field("flags")
@@ -76,24 +96,51 @@ impl Host {
 // === impl Row ===
 
 impl Row {
-    pub(crate) fn new(name: &'static str, unit: &'static str, mut samples: Vec<f64>) -> Self {
+    pub(crate) fn new(name: impl Into<String>, unit: &'static str, mut samples: Vec<f64>) -> Self {
         samples.sort_by(f64::total_cmp);
         Self {
-            name,
+            name: name.into(),
             unit,
-            samples: samples.len(),
+            n: samples.len(),
             p50: quantile(&samples, 0.50),
             p90: quantile(&samples, 0.90),
             p99: quantile(&samples, 0.99),
             max: quantile(&samples, 1.0),
             of_floor: None,
+            is_part: false,
+            samples,
         }
     }
 
     pub(crate) fn beside(mut self, floor: &Row) -> Self {
-        self.of_floor = Some(self.p50 / floor.p50);
+        self.of_floor = Some(self.times(floor));
         self
     }
+
+    /// How many times the other's p50 this one's is.
+    pub(crate) fn times(&self, other: &Row) -> f64 {
+        self.p50 / other.p50
+    }
+}
+
+pub(crate) fn ms(duration: Duration) -> f64 {
+    duration.as_secs_f64() * 1e3
+}
+
+/// The day as YYYY-MM-DD: days since the epoch to the civil calendar, by eras of
+/// 400 years that begin in March (Howard Hinnant, "chrono-compatible low-level
+/// date algorithms").
+fn utc_date(since_epoch: Duration) -> String {
+    let days = since_epoch.as_secs() / 86_400 + 719_468;
+    let (era, day_of_era) = (days / 146_097, days % 146_097);
+    let year_of_era =
+        (day_of_era - day_of_era / 1_460 + day_of_era / 36_524 - day_of_era / 146_096) / 365;
+    let day_of_year = day_of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
+    let month_from_march = (5 * day_of_year + 2) / 153;
+    let day = day_of_year - (153 * month_from_march + 2) / 5 + 1;
+    let month = (month_from_march + 2) % 12 + 1;
+    let year = era * 400 + year_of_era + u64::from(month <= 2);
+    format!("{year:04}-{month:02}-{day:02}")
 }
 
 /// A bar that counts rounds, on standard error.
@@ -118,8 +165,28 @@ impl Promise {
         Self {
             promise: promise.into(),
             found,
-            bound,
+            bound: Bound::AtMost(bound),
             kept: found <= bound,
+        }
+    }
+
+    pub(crate) fn at_least(promise: impl Into<String>, found: f64, bound: f64) -> Self {
+        Self {
+            promise: promise.into(),
+            found,
+            bound: Bound::AtLeast(bound),
+            kept: found >= bound,
+        }
+    }
+}
+
+// === impl Bound ===
+
+impl fmt::Display for Bound {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::AtMost(bound) => write!(f, "at most {bound:.2}"),
+            Self::AtLeast(bound) => write!(f, "at least {bound:.2}"),
         }
     }
 }
@@ -147,7 +214,7 @@ impl Report {
         println!("{}", self.table());
         for promise in &self.promises {
             println!(
-                "{}  {}: {:.2} (at most {:.2})",
+                "{}  {}: {:.2} ({})",
                 if promise.kept { "kept  " } else { "BROKEN" },
                 promise.promise,
                 promise.found,
@@ -167,9 +234,9 @@ impl Report {
         let figure = |value: f64| format!("{value:.3}");
         for row in &self.rows {
             table.add_row([
-                row.name.to_owned(),
+                row.name.clone(),
                 row.unit.to_owned(),
-                row.samples.to_string(),
+                row.n.to_string(),
                 figure(row.p50),
                 figure(row.p90),
                 figure(row.p99),
@@ -197,8 +264,18 @@ mod tests {
     }
 
     #[test]
+    fn days_have_their_dates() {
+        let date = |day: u64| utc_date(Duration::from_secs(day * 86_400));
+        assert_eq!(date(0), "1970-01-01");
+        assert_eq!(date(11_016), "2000-02-29");
+        assert_eq!(date(19_722), "2023-12-31");
+        assert_eq!(date(20_513), "2026-03-01");
+    }
+
+    #[test]
     fn a_promise_without_samples_is_broken() {
         let empty = Row::new("", "ms", Vec::new());
         assert!(!Promise::at_most("x", empty.p50, 1.0).kept);
+        assert!(!Promise::at_least("x", empty.p50, 1.0).kept);
     }
 }

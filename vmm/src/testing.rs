@@ -150,10 +150,21 @@ impl Control {
         op: Op,
         fds: &[OwnedFd],
     ) -> io::Result<(Reply, Vec<OwnedFd>)> {
+        let id = self.post(op, fds)?;
+        self.reply_to(id)
+    }
+
+    /// Sends a request without waiting for its reply. Returns its id.
+    pub fn post(&mut self, op: Op, fds: &[OwnedFd]) -> io::Result<u64> {
         let id = self.next_id;
         self.next_id += 1;
         let request = v1::Request { id, op: Some(op) };
         self.send(&request.encode_to_vec(), fds)?;
+        Ok(id)
+    }
+
+    /// Waits for the reply to the last request.
+    pub fn reply_to(&mut self, id: u64) -> io::Result<(Reply, Vec<OwnedFd>)> {
         loop {
             match self.receive()? {
                 (Message::Reply(reply), fds) if reply.id == id => {

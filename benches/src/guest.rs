@@ -1,0 +1,105 @@
+//! The tiny guest of the benches: it dirties memory, says so, and waits for the
+//! byte that a bench writes into its snapshot.
+
+use std::fs::File;
+use std::io::{self, Read, Write};
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+
+use anyhow::{Context, Result, bail};
+use soulbox_vmm::machine::layout::COM1_PORT;
+use soulbox_vmm::testing::{code, tiny_guest};
+
+/// What the guest writes to its console when its memory is dirty, and when it
+/// runs again after a restore. Bytes that no log line has, for another monitor's
+/// log may go the same way.
+pub(crate) const READY: u8 = 0x01;
+pub(crate) const RESTORED: u8 = 0x02;
+
+/// The byte it waits for, in RAM that is dirtied by nothing else.
+const GO_ADDRESS: u32 = 0x20_0000;
+/// What it dirties begins here.
+const DIRTY_START: u32 = 0x40_0000;
+const PAGE_BYTES: u32 = 4096;
+
+/// RAM that holds the guest and what it dirties.
+pub(crate) const fn memory_mib(dirty_mib: u32) -> u32 {
+    128 + dirty_mib
+}
+
+/// A kernel image that writes a word to each page of `dirty_mib`, then READY to
+/// its console, waits until the byte at GO_ADDRESS is set, writes RESTORED and
+/// halts. In all but the loops it has few instructions: a KVM without vmx or svm
+/// emulates each of them in 650 ns.
+pub(crate) fn image(dirty_mib: u32) -> Vec<u8> {
+    let mut guest = Vec::new();
+    if dirty_mib > 0 {
+        let pages = (dirty_mib << 20) / PAGE_BYTES;
+        guest.push(0xbf); // mov edi, DIRTY_START
+        guest.extend(DIRTY_START.to_le_bytes());
+        guest.push(0xb9); // mov ecx, pages
+        guest.extend(pages.to_le_bytes());
+        guest.extend([0x89, 0x3f]); // store: mov [rdi], edi
+        guest.extend([0x81, 0xc7]); // add edi, PAGE_BYTES
+        guest.extend(PAGE_BYTES.to_le_bytes());
+        guest.extend([0xff, 0xc9]); // dec ecx
+        guest.extend([0x75, 0xf4]); // jnz store
+    }
+    guest.push(0xbb); // mov ebx, GO_ADDRESS
+    guest.extend(GO_ADDRESS.to_le_bytes());
+    guest.extend(code::out(COM1_PORT, READY));
+    guest.extend([0x80, 0x3b, 0x00]); // wait: cmp byte [rbx], 0
+    guest.extend([0x74, 0xfb]); // je wait
+    guest.extend(code::out(COM1_PORT, RESTORED));
+    guest.extend(code::HALT);
+    tiny_guest(&guest)
+}
+
+/// Lets every guest that is restored from this memory file go on.
+pub(crate) fn let_go(memory: &Path) -> Result<()> {
+    File::options()
+        .write(true)
+        .open(memory)
+        .and_then(|file| file.write_all_at(&[1], u64::from(GO_ADDRESS)))
+        .with_context(|| format!("writing to {}", memory.display()))
+}
+
+/// Reads a console until `byte` has come `count` times.
+pub(crate) fn await_byte(console: &mut impl Read, byte: u8, count: usize) -> Result<()> {
+    let (mut seen, mut chunk, mut left) = (Vec::new(), [0; 4096], count);
+    while left > 0 {
+        let read = match console.read(&mut chunk) {
+            Ok(0) => bail!("the guest ended: {}", String::from_utf8_lossy(&seen)),
+            Ok(read) => &chunk[..read],
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+            Err(error) => return Err(error).context("reading a console"),
+        };
+        seen.extend_from_slice(read);
+        left = left.saturating_sub(read.iter().filter(|&&found| found == byte).count());
+    }
+    Ok(())
+}
+
+/// The bytes that a guest dirties, copied to a fresh file beside its snapshots:
+/// what a snapshot of them cannot do without. The source is in memory already.
+pub(crate) fn copy_to(folder: &Path, source: &[u8]) -> Result<()> {
+    let path = folder.join("copy");
+    let written = File::create_new(&path).and_then(|mut file| file.write_all(source));
+    let removed = std::fs::remove_file(&path);
+    written
+        .and(removed)
+        .with_context(|| format!("writing {}", path.display()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_console_is_read_past_other_output() {
+        let mut console = &b"log line\n\x02more\x02"[..];
+        assert!(await_byte(&mut console, RESTORED, 2).is_ok());
+        let error = await_byte(&mut &b"no such kernel"[..], READY, 1).unwrap_err();
+        assert!(error.to_string().contains("no such kernel"), "{error}");
+    }
+}
