@@ -21,6 +21,7 @@ use crate::control::{ControlSocket, Incoming, ReceiveError, Received, Wait};
 use crate::devices::Chip;
 use crate::error_chain;
 use crate::events::{self, EventReceiver, EventSender, Exit, MachineEvent};
+use crate::jail;
 use crate::machine::{BuildError, Frame, Machine, Origin, Parts, Shape, Stopwatch};
 use crate::snapshot;
 
@@ -176,14 +177,14 @@ fn wait_for_start(
             Some(Op::Prepare(prepare)) => match PrepareRequest::from_message(prepare, fds) {
                 Ok(prepare) => {
                     let mut stages = Stopwatch::start();
-                    match Frame::new(prepare.shape, prepare.kvm, &mut stages) {
+                    match new_frame(prepare.shape, prepare.kvm, &mut stages) {
                         Ok(frame) => {
                             *shell = Some(frame);
                             let stages = stages.into_stages();
                             control.reply(id, ReplyResult::Prepared(v1::Prepared { stages }))
                         }
-                        Err(error) => {
-                            let _ = control.refuse(id, error.code(), error_chain(&error));
+                        Err(Refusal { code, message }) => {
+                            let _ = control.refuse(id, code, message);
                             return Ok(None);
                         }
                     }
@@ -232,7 +233,6 @@ impl Monitor {
         }?;
         let host = |errno: Errno| refusal(Code::Host, &errno);
         let epoll = epoll::create(epoll::CreateFlags::CLOEXEC).map_err(host)?;
-        crate::jail::seal().map_err(|error| refusal(Code::Host, &error))?;
         let started_at_ns = machine.start()?;
         stages.mark("start");
         let monitor = Self {
@@ -458,7 +458,7 @@ fn build_booted(
     let console = new_console(boot.attached.console)?;
     let frame = match shell {
         Some(frame) => frame,
-        None => Frame::new(boot.shape, boot.kvm, stages)?,
+        None => new_frame(boot.shape, boot.kvm, stages)?,
     };
     let parts = Parts {
         disks: boot.disks,
@@ -480,6 +480,9 @@ fn build_restored(
     events: EventSender,
     stages: &mut Stopwatch,
 ) -> Result<Built, Refusal> {
+    if let Some(frame) = &shell {
+        frame.wake();
+    }
     let console = new_console(restore.attached.console)?;
     let state = snapshot::read(&restore.state).map_err(|error| refusal(Code::Snapshot, &error))?;
     stages.mark("read");
@@ -492,7 +495,7 @@ fn build_restored(
         (None, Some(kvm)) => {
             let shape = Shape::from_state(&state.shape)
                 .map_err(|error| damaged(format!("the snapshot's machine cannot be: {error}")))?;
-            Frame::new(shape, kvm, stages)?
+            new_frame(shape, kvm, stages)?
         }
         (None, None) => return Err(damaged("there is no shell".into())),
     };
@@ -510,6 +513,14 @@ fn build_restored(
     };
     let machine = Machine::new(frame, parts, origin, console.clone(), events, stages)?;
     Ok((machine, console, restore.attached.control_listener))
+}
+
+/// Makes a frame, after which nothing more needs what [`jail::seal`] gives up.
+fn new_frame(shape: Shape, kvm: OwnedFd, stages: &mut Stopwatch) -> Result<Frame, Refusal> {
+    let frame = Frame::new(shape, kvm, stages)?;
+    jail::seal().map_err(|error| refusal(Code::Host, &error))?;
+    stages.mark("seal");
+    Ok(frame)
 }
 
 fn new_console(client: Option<OwnedFd>) -> Result<Console, Refusal> {

@@ -14,7 +14,7 @@ use crate::devices::power::PowerDevice;
 use crate::devices::serial::SerialDevice;
 use crate::devices::virtio::VirtioDevice;
 use crate::devices::virtio::balloon::Balloon;
-use crate::devices::virtio::block::{Block, BlockConfig, BlockError};
+use crate::devices::virtio::block::{Block, BlockConfig, BlockError, Ring};
 use crate::devices::virtio::mmio::VirtioMmio;
 use crate::devices::virtio::rng::Rng;
 use crate::devices::virtio::vsock::{self, Admission, GuestConnection, NewVsockError, VsockConfig};
@@ -25,6 +25,7 @@ use crate::memory::pagemap::Pagemap;
 /// What devices are made from, until they are.
 pub(super) struct Backends<'a> {
     disks: std::vec::IntoIter<Disk>,
+    rings: std::vec::IntoIter<Ring>,
     vsock: Option<Vsock>,
     pub(super) pagemap: Option<Pagemap>,
     console: Console,
@@ -37,12 +38,14 @@ pub(super) struct Backends<'a> {
 impl<'a> Backends<'a> {
     pub(super) fn new(
         parts: Parts,
+        rings: Vec<Ring>,
         console: Console,
         memory: &'a GuestMemory,
         events: &'a EventSender,
     ) -> Self {
         Self {
             disks: parts.disks.into_iter(),
+            rings: rings.into_iter(),
             vsock: parts.vsock,
             pagemap: parts.pagemap.map(Pagemap::new),
             console,
@@ -71,7 +74,8 @@ impl<'a> Backends<'a> {
             }
             Kind::Block(_) => {
                 let disk = self.disks.next().ok_or(BuildError::Missing("a disk"))?;
-                (format!("block.{}", disk.id), Box::new(block(disk)?))
+                let ring = self.rings.next().ok_or(BuildError::Missing("a ring"))?;
+                (format!("block.{}", disk.id), Box::new(block(disk, ring)?))
             }
             Kind::Vsock => {
                 let vsock = self.vsock.take().ok_or(BuildError::Missing("the vsock"))?;
@@ -89,15 +93,18 @@ fn shared(device: impl crate::devices::Device + 'static) -> SharedDevice {
     Arc::new(Mutex::new(device))
 }
 
-fn block(disk: Disk) -> Result<Block, BlockError> {
-    Block::new(BlockConfig {
-        id: disk.id,
-        size_bytes: disk.size_bytes,
-        base: disk.base,
-        frozen: disk.frozen,
-        layer: disk.layer,
-        rate_limit: disk.rate_limit,
-    })
+fn block(disk: Disk, ring: Ring) -> Result<Block, BlockError> {
+    Block::new(
+        BlockConfig {
+            id: disk.id,
+            size_bytes: disk.size_bytes,
+            base: disk.base,
+            frozen: disk.frozen,
+            layer: disk.layer,
+            rate_limit: disk.rate_limit,
+        },
+        ring,
+    )
 }
 
 /// A guest's connections go to the client, which takes or closes them.

@@ -12,6 +12,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use super::kvm::{self, KvmError, refused};
 use super::shape::{Shape, Slot};
 use super::{BuildError, Stopwatch};
+use crate::devices::virtio::block::Ring;
 use crate::memory::{self, GuestMemory};
 use crate::vcpu::{self, VcpuThread, cpuid, state};
 
@@ -21,6 +22,8 @@ pub struct Frame {
     pub(super) shape: Shape,
     pub(super) slots: Vec<Slot>,
     pub(super) wires: Vec<Wire>,
+    /// One for each disk.
+    pub(super) rings: Vec<Ring>,
     pub(super) vcpus: Vec<FrameVcpu>,
     /// The CPUID of all vCPUs, before each one's topology.
     pub(super) cpuid: CpuId,
@@ -91,6 +94,8 @@ impl Frame {
             wire.connect(&vm, slot)?;
             wires.push(wire);
         }
+        let rings = (0..shape.block_devices).map(|_| Ring::new());
+        let rings = rings.collect::<Result<_, _>>()?;
         stages.mark("wires");
 
         let cpuid = cpuid::template(&kvm)?;
@@ -118,6 +123,7 @@ impl Frame {
             shape,
             slots,
             wires,
+            rings,
             vcpus,
             cpuid,
             msr_indices,
@@ -125,6 +131,14 @@ impl Frame {
             vm,
             memory,
         })
+    }
+
+    /// Wakes the boot vCPU's thread, which has something to do soon.
+    pub fn wake(&self) {
+        if let Some(vcpu) = self.vcpus.first() {
+            // One that has ended says so when it is told to start.
+            let _ = vcpu.thread.call(|_| ());
+        }
     }
 
     pub fn shape(&self) -> Shape {

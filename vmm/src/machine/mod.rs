@@ -165,6 +165,7 @@ impl Machine {
             shape,
             slots,
             wires,
+            rings,
             vcpus,
             mut cpuid,
             msr_indices,
@@ -239,7 +240,7 @@ impl Machine {
         };
         stages.mark("memory");
 
-        let mut backends = backends::Backends::new(parts, console, &memory, &events);
+        let mut backends = backends::Backends::new(parts, rings, console, &memory, &events);
         let mut devices = Vec::with_capacity(slots.len());
         let mut bus = Bus::default();
         for (slot, wire) in slots.into_iter().zip(wires) {

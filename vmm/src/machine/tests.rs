@@ -14,7 +14,7 @@ use crate::devices::panic::PanicState;
 use crate::devices::serial::SerialState;
 use crate::devices::virtio::ChipState;
 use crate::devices::virtio::balloon::BalloonState;
-use crate::devices::virtio::block::BlockState;
+use crate::devices::virtio::block::{BlockState, Ring};
 use crate::devices::virtio::mmio::{SavedQueue, TransportState};
 use crate::devices::virtio::vsock::VsockState;
 use crate::devices::{DeviceState, StateError};
@@ -233,7 +233,8 @@ fn try_restore(state: MachineState) -> Result<Vec<DeviceSlot>, BuildError> {
     memory::map_anonymous(&memory).unwrap();
     let (events, _receiver) = events::channel().unwrap();
     let console = Console::new(None).unwrap();
-    let mut backends = backends::Backends::new(parts, console, &memory, &events);
+    let mut backends =
+        backends::Backends::new(parts, vec![Ring::new().unwrap()], console, &memory, &events);
     let mut devices = Vec::new();
     for slot in SHAPE.slots() {
         let (name, device) = backends.device(slot.kind, Wire::new(slot.queues).unwrap())?;

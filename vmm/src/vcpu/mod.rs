@@ -56,7 +56,7 @@ pub struct VcpuThread {
 }
 
 /// How long a vCPU's thread that has been told something stays awake for more.
-const STAY_AWAKE: Duration = Duration::from_micros(200);
+const STAY_AWAKE: Duration = Duration::from_micros(500);
 
 /// What a vCPU's thread and the monitor share.
 struct Shared {

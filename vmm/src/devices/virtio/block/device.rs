@@ -12,7 +12,7 @@ use super::disk::Disk;
 use super::engine::{Engine, SetupError};
 use super::freeze::{self, Prepared};
 use super::metrics::Metrics;
-use super::queue::{Active, Backend};
+use super::queue::{Active, Backend, Owner};
 use super::request::{SEGMENTS_MAX, ZERO_MAX_SECTORS};
 use super::{
     BLOCK_BYTES, BlockConfig, BlockError, BlockState, Freeze, FreezeError, ID_MAX_BYTES,
@@ -38,20 +38,35 @@ pub struct Block {
     prepared: Option<Prepared>,
 }
 
+/// The io_uring of a disk that is to be. Made apart, because the monitor gives up
+/// making any before it knows its disks.
+pub struct Ring(Engine<Owner>);
+
+// === impl Ring ===
+
+impl Ring {
+    /// Must run before the seccomp filter that denies io_uring_setup.
+    pub fn new() -> Result<Self, BlockError> {
+        Engine::new().map(Self).map_err(|error| match error {
+            SetupError::Unavailable(error) => BlockError::IoUringUnavailable(error),
+            SetupError::Failed(error) => BlockError::IoUring(error),
+        })
+    }
+}
+
 // === impl Block ===
 
 impl Block {
     pub const QUEUES: usize = 1;
 
-    /// Checks the files, lays out the layer if it is empty, and sets up the
-    /// ring. Must run before the seccomp filter that denies io_uring_setup.
-    pub fn new(config: BlockConfig) -> Result<Self, BlockError> {
+    /// Checks the files and lays out the layer if it is empty.
+    pub fn new(config: BlockConfig, ring: Ring) -> Result<Self, BlockError> {
         let id = padded_id(&config.id)?;
         let disk = Disk::new(config.base, config.size_bytes, config.frozen, config.layer)?;
-        let engine = Engine::new(&disk.files()).map_err(|error| match error {
-            SetupError::Unavailable(error) => BlockError::IoUringUnavailable(error),
-            SetupError::Failed(error) => BlockError::IoUring(error),
-        })?;
+        let Ring(mut engine) = ring;
+        engine
+            .add_first_files(&disk.files())
+            .map_err(BlockError::IoUring)?;
         let limiter = RateLimiter::new(config.rate_limit).map_err(BlockError::Timer)?;
         Ok(Self {
             backend: Backend {

@@ -114,22 +114,16 @@ pub(super) enum SetupError {
 
 impl<T: Copy> Engine<T> {
     /// Makes a ring that can do nothing but what [`Piece`] names, and only on
-    /// registered files: these, whose targets are [`Target::nth`] in their order,
-    /// and those of [`Engine::add_file`]. The restriction matters because
+    /// registered files, of which there are none yet. The restriction matters because
     /// io_uring bypasses seccomp. That files may be added later is no way around
     /// it: they are descriptors that the process has anyway, and seccomp lets it
     /// do the same four things with any of them.
     ///
     /// The order is the kernel's: restrictions are accepted only while the ring
     /// is disabled.
-    pub(super) fn new(files: &[RawFd]) -> Result<Self, SetupError> {
+    pub(super) fn new() -> Result<Self, SetupError> {
         // All places at once, for a table cannot grow. -1 leaves one empty.
-        let mut table = [-1; FILES_MAX];
-        let Some(taken) = table.get_mut(..files.len()) else {
-            let error = io::Error::from_raw_os_error(libc::EMFILE);
-            return Err(SetupError::Failed(error));
-        };
-        taken.copy_from_slice(files);
+        let table = [-1; FILES_MAX];
         let ring = IoUring::builder()
             .setup_r_disabled()
             .build(RING_ENTRIES)
@@ -164,8 +158,18 @@ impl<T: Copy> Engine<T> {
             event,
             slots: (0..RING_ENTRIES).map(|_| None).collect(),
             free: (0..RING_ENTRIES).rev().collect(),
-            files: (1 << files.len()) - 1,
+            files: 0,
         })
+    }
+
+    /// Adds the first files; their targets are [`Target::nth`] in their order.
+    pub(super) fn add_first_files(&mut self, files: &[RawFd]) -> io::Result<()> {
+        if files.len() > FILES_MAX {
+            return Err(io::Error::from_raw_os_error(libc::EMFILE));
+        }
+        self.ring.submitter().register_files_update(0, files)?;
+        self.files = (1 << files.len()) - 1;
+        Ok(())
     }
 
     /// Adds a file that stays open until [`Engine::remove_file`].
@@ -399,7 +403,7 @@ impl Piece {
 }
 
 impl Target {
-    /// The target of a file by its place in what [`Engine::new`] was given.
+    /// The target of a file by its place in [`Engine::add_first_files`].
     pub(super) fn nth(place: usize) -> Self {
         Self(place as u32)
     }
@@ -504,7 +508,10 @@ mod tests {
     fn engine(bytes: usize) -> Engine<u32> {
         let (base, layer) = files(bytes);
         // The ring holds on to the files by itself.
-        Engine::new(&[base.as_raw_fd(), layer.as_raw_fd()]).unwrap()
+        let mut engine = Engine::new().unwrap();
+        let files = [base.as_raw_fd(), layer.as_raw_fd()];
+        engine.add_first_files(&files).unwrap();
+        engine
     }
 
     fn memory() -> Arc<GuestMemory> {
@@ -592,7 +599,8 @@ mod tests {
         assert_eq!(engine.add_file(&written).unwrap(), added[3]);
         engine.push(0, read_of(added[3]));
         assert_eq!(results(&mut engine), [(0, Ok(()))]);
-        assert!(Engine::<()>::new(&[0; FILES_MAX + 1]).is_err());
+        let mut empty = Engine::<()>::new().unwrap();
+        assert!(empty.add_first_files(&[0; FILES_MAX + 1]).is_err());
     }
 
     #[test]

@@ -38,7 +38,7 @@ mod request;
 #[cfg(test)]
 mod tests;
 
-pub use device::Block;
+pub use device::{Block, Ring};
 pub(crate) use engine::REGISTER_FILES_UPDATE;
 pub use layer::LayerError;
 

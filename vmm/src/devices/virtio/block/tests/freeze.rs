@@ -335,7 +335,7 @@ proptest::proptest! {
             files.writable(&name).set_len(len).unwrap();
         }
         let before = std::fs::read(files.path(&name)).unwrap();
-        if Block::new(files.config()).is_ok() {
+        if made(files.config()).is_ok() {
             let mut guest = Guest::new(files.config());
             let read = guest.read(0, 32 * BLOCK);
             let snapshot = files.freeze(&mut guest, true, Some(0)).unwrap();
@@ -442,7 +442,7 @@ fn another_disk_goes_on_with_the_queue() {
     let queues = guest.block.quiesce();
     assert_eq!(guest.driver.take_used().len(), 1);
     let state = guest.block.save();
-    let mut restored = Block::new(BlockConfig {
+    let mut restored = made(BlockConfig {
         layer: new_layer(),
         ..files.config()
     })
@@ -468,7 +468,7 @@ fn a_flush_after_a_freeze_covers_what_was_written_before() {
 #[test]
 fn a_state_must_be_this_disk_s() {
     let files = files();
-    let mut block = Block::new(files.config()).unwrap();
+    let mut block = made(files.config()).unwrap();
     let state = BlockState {
         id: "root".into(),
         size_bytes: 32 * BLOCK_BYTES,

@@ -138,7 +138,7 @@ fn a_layer_serves_one_monitor_at_a_time() {
         BlockError::Layer(LayerError::InUse)
     ));
     drop(other);
-    let block = Block::new(files.config()).unwrap();
+    let block = made(files.config()).unwrap();
     let other = files.layer();
     assert!(!lock(&other), "the layer is not locked");
     drop(block);
@@ -225,7 +225,7 @@ proptest::proptest! {
         if let Some(len) = len {
             files.layer().set_len(len).unwrap();
         }
-        if let Ok(block) = Block::new(files.config()) {
+        if let Ok(block) = made(files.config()) {
             drop(block);
             Guest::new(files.config()).read(0, 32 * BLOCK);
         }

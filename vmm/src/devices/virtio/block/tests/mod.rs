@@ -178,7 +178,7 @@ impl Files {
     fn error(&self, change: impl FnOnce(&mut BlockConfig)) -> BlockError {
         let mut config = self.config();
         change(&mut config);
-        Block::new(config)
+        made(config)
             .err()
             .expect("the configuration must be refused")
     }
@@ -192,7 +192,7 @@ impl Guest {
     fn with_features(config: BlockConfig, accepted: u64) -> Self {
         let memory = testing::memory(MEMORY_BYTES);
         let driver = Driver::new(&memory, RINGS, QUEUE_SIZE);
-        let mut block = Block::new(config).unwrap();
+        let mut block = made(config).unwrap();
         let features = block.features() & accepted;
         block.activate(driver.activation(features)).unwrap();
         Self {
@@ -303,4 +303,9 @@ impl Guest {
     fn counter(&self, name: &str) -> u64 {
         self.block.counters()[name]
     }
+}
+
+/// The disk with a ring of its own.
+fn made(config: BlockConfig) -> Result<Block, BlockError> {
+    Block::new(config, Ring::new()?)
 }

@@ -169,7 +169,7 @@ fn tells_its_serial_and_refuses_what_it_does_not_know() {
 #[test]
 fn announces_blocks_and_limits() {
     let files = Files::new(4 * BLOCK_BYTES, 8 * BLOCK_BYTES);
-    let block = Block::new(files.config()).unwrap();
+    let block = made(files.config()).unwrap();
     let field = |offset, len: usize| {
         let mut bytes = [0; 8];
         block.read_config(offset, &mut bytes[..len]);
