@@ -11,7 +11,7 @@ SHELL := /bin/bash
 ifdef CI
 export CARGO_TARGET_DIR ?= $(cache)/target
 endif
-target = $(or $(CARGO_TARGET_DIR),target)/x86_64-unknown-linux-gnu/release
+target = $(or $(CARGO_TARGET_DIR),$(CURDIR)/target)/x86_64-unknown-linux-gnu/release
 scripts := .ci/run $(shell grep -rlI '^\#!/bin/bash' images)
 cache := $(or $(SOULBOX_CACHE),$(or $(XDG_CACHE_HOME),$(HOME)/.cache)/soulbox)
 
@@ -39,7 +39,13 @@ lint: ## Formatting, clippy and shellcheck
 	shellcheck -x $(scripts)
 
 bench: images ## The figures of docs/performance.md
-	cargo run --release -p soulbox-benches -- vmm
+	cargo run --release -p soulbox-benches -- cold-start --alive 1000 \
+	    --svg $(target)/cold-start.svg --json $(target)/cold-start.json
+	images/bench/run $(addprefix --file $(target)/,soulbox-benches soulboxd soulbox-vmm) \
+	    --results $(target)/bench --timeout 3000 \
+	    --file "$$(realpath $(cache)/templates/current)" -- $(target)/soulbox-benches \
+	    cold-start --daemon $(target) --templates $(cache)/templates/current \
+	    --svg $(target)/bench/cold-start.svg --json $(target)/bench/cold-start.json
 	images/bench/run $(addprefix --file $(target)/,soulbox-benches soulbox-vmm) \
 	    --file "$$(realpath $(cache)/templates/current)" -- \
 	    $(target)/soulbox-benches boot --template $(cache)/templates/current/base

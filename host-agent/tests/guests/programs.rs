@@ -145,7 +145,7 @@ pub(crate) fn the_root_is_writable_and_the_users_own() -> Result<()> {
         .host
         .path("state/sandboxes")
         .join(&s.id)
-        .join("root.layer");
+        .join("root.0.layer");
     use std::os::unix::fs::MetadataExt as _;
     let allocated = std::fs::metadata(&layer)?.blocks() * 512;
     ensure!(allocated >= 32 << 20, "the layer holds {allocated} bytes");
@@ -237,15 +237,18 @@ pub(crate) fn a_gibibyte_of_output_in_bounded_memory() -> Result<()> {
         status_kib(&status, "VmHWM:")
     };
     let daemon_kib = peak_kib(s.daemon.pid())?;
-    let monitors = s.host.monitors();
-    let status = std::fs::read_to_string(format!("/proc/{}/status", monitors[0]))?;
-    let monitor_kib = status_kib(&status, "RssAnon:")?;
+    let got = succeed(s.host.soulbox(&["get", &s.id, "--output", "json"]))?;
+    let got: serde_json::Value = serde_json::from_str(&got)?;
+    let monitor_kib = got["usage"]["monitor_private_bytes"]
+        .as_u64()
+        .with_context(|| format!("{got}"))?
+        >> 10;
     let agent_kib = status_kib(
         &succeed(sh(&s.host, &s.id, "cat /proc/1/status"))?,
         "VmHWM:",
     )?;
     eprintln!(
-        "peaks of {bytes} bytes: soulbox {client_peak_kib}, soulboxd {daemon_kib}, soulbox-vmm {monitor_kib} (anonymous), soulbox-guest {agent_kib} KiB"
+        "peaks of {bytes} bytes: soulbox {client_peak_kib}, soulboxd {daemon_kib}, soulbox-vmm {monitor_kib} (its own, afterwards), soulbox-guest {agent_kib} KiB"
     );
     for (name, kib, most_mib) in [
         ("soulbox", client_peak_kib, 64),

@@ -253,7 +253,7 @@ fn clone_is_told_that_all_else_is_lost() {
     // Asked for, and not answered: one of them a spare one.
     let _asking = guest.dial("CONNECT 8\n");
     let asked = key_of(&guest.expect_op(Op::Request));
-    guest.device.open_spares(PORT, 1).unwrap();
+    guest.device.open_spares(PORT, 2).unwrap();
     let spare_asked = key_of(&guest.expect_op(Op::Request));
     // A client whose request the guest has not seen, and RSTs that wait.
     guest.refill = false;
