@@ -198,7 +198,8 @@ async fn without_kvm_everything_else_works() {
 
 #[tokio::test]
 async fn what_no_sandbox_can_have_is_refused_by_name() {
-    let host = Host::new("[capacity]\nvcpus = 64\nmemory_mib = 2048\n");
+    let host =
+        Host::new("[capacity]\nvcpus = 64\nmemory_mib = 2048\n[templates]\nsnapshot = false\n");
     host.template("base", &elf(X86_64, 1 << 20));
     let daemon = host.start();
     for (request, field) in [
@@ -225,7 +226,7 @@ async fn what_no_sandbox_can_have_is_refused_by_name() {
 
 #[tokio::test]
 async fn a_bad_template_is_refused_by_what_is_wrong_with_it() {
-    let host = Host::new("[capacity]\nmemory_mib = 8192\n");
+    let host = Host::new("[capacity]\nmemory_mib = 8192\n[templates]\nsnapshot = false\n");
     let kernel = elf(X86_64, 1 << 20);
     for name in ["missing", "truncated"] {
         host.template(name, &kernel);

@@ -182,6 +182,7 @@ impl Machine {
         let (mapped, origin) = match origin {
             Origin::Boot { kernel, cmdline } => {
                 memory::map_anonymous(&memory)?;
+                stages.mark("memory");
                 let mapped = MemoryState {
                     layers: 0,
                     runs: Vec::new(),
@@ -238,7 +239,6 @@ impl Machine {
                 )
             }
         };
-        stages.mark("memory");
 
         let mut backends = backends::Backends::new(parts, rings, console, &memory, &events);
         let mut devices = Vec::with_capacity(slots.len());

@@ -52,6 +52,8 @@ const KICK_INTERVAL: Duration = Duration::from_micros(500);
 pub struct VcpuThread {
     thread: Option<JoinHandle<()>>,
     commands: mpsc::Sender<Command>,
+    /// Disconnected when the thread is over.
+    end: mpsc::Receiver<()>,
     shared: Arc<Shared>,
 }
 
@@ -259,14 +261,19 @@ impl VcpuThread {
             commands,
             shared: Arc::clone(&shared),
         };
+        let (alive, end) = mpsc::channel();
         let thread = std::thread::Builder::new()
             .name(format!("vcpu{index}"))
             // The loop is shallow; the default of 2 MiB would only be reserved.
             .stack_size(256 * 1024)
-            .spawn(move || vcpu.live())?;
+            .spawn(move || {
+                let _alive = alive;
+                vcpu.live();
+            })?;
         Ok(Self {
             thread: Some(thread),
             commands: sender,
+            end,
             shared,
         })
     }
@@ -375,9 +382,8 @@ impl Drop for VcpuThread {
             return;
         };
         // As in Pausing::wait.
-        while !thread.is_finished() {
+        while self.end.recv_timeout(KICK_INTERVAL) != Err(RecvTimeoutError::Disconnected) {
             kick::kick(&thread);
-            std::thread::park_timeout(KICK_INTERVAL);
         }
         // A panic aborts the process, so there is no other outcome.
         let _ = thread.join();
