@@ -98,7 +98,7 @@ impl Frame {
         let rings = rings.collect::<Result<_, _>>()?;
         stages.mark("wires");
 
-        let cpuid = cpuid::template(&kvm)?;
+        let cpuid = cpuid::template(&kvm, shape.vcpu_count)?;
         let msr_indices = kvm
             .get_msr_index_list()
             .map_err(refused("KVM_GET_MSR_INDEX_LIST"))?;

@@ -44,10 +44,13 @@ const KVM_PV_SEND_IPI: u32 = 1 << 11;
 const LEVEL_THREAD: u32 = 1;
 const LEVEL_CORE: u32 = 2;
 
-/// What every vCPU of a machine shares.
-pub fn template(kvm: &Kvm) -> Result<CpuId, KvmError> {
-    kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
-        .map_err(refused("KVM_GET_SUPPORTED_CPUID"))
+/// What the vCPUs of a machine share: the CPUID of the first. KVM's own has the
+/// number of the CPU that it was asked on.
+pub fn template(kvm: &Kvm, vcpu_count: u8) -> Result<CpuId, KvmError> {
+    let supported = kvm
+        .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
+        .map_err(refused("KVM_GET_SUPPORTED_CPUID"))?;
+    Ok(for_vcpu(&supported, 0, vcpu_count))
 }
 
 /// The CPUID of one vCPU: one package of `vcpu_count` cores of one thread each.
@@ -154,6 +157,27 @@ mod tests {
             assert_eq!(features.ecx & (ECX_MONITOR | ECX_VMX), 0);
             assert_eq!(normalised(LEAF_TOPOLOGY, 1, index, 4).edx, u32::from(index));
         }
+    }
+
+    #[test]
+    fn the_number_of_the_cpu_that_was_asked_is_forgotten() {
+        let of = |asked_on: u32| {
+            let entry = |function, ebx, edx| kvm_cpuid_entry2 {
+                function,
+                ebx,
+                edx,
+                ..Default::default()
+            };
+            let entries = [
+                entry(LEAF_FEATURES, 0x0800 | asked_on << 24, 0),
+                entry(LEAF_TOPOLOGY, 0, asked_on),
+            ];
+            let first = for_vcpu(&CpuId::from_entries(&entries).unwrap(), 0, 2);
+            // Another vCPU's is made from the first one's.
+            assert_eq!(for_vcpu(&first, 1, 2).as_slice()[0].ebx >> 24, 1);
+            first
+        };
+        assert_eq!(of(0).as_slice(), of(5).as_slice());
     }
 
     #[test]
