@@ -73,6 +73,7 @@ const ALLOWED: &[libc::c_long] = &[
     libc::SYS_mremap,
     libc::SYS_mprotect,
     libc::SYS_madvise,
+    libc::SYS_mincore,
     libc::SYS_brk,
     libc::SYS_futex,
     libc::SYS_clone,

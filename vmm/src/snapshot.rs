@@ -102,10 +102,14 @@ pub fn read(file: &File) -> Result<MachineState, SnapshotError> {
     if actual < HEADER_BYTES as u64 {
         return Err(truncated(HEADER_BYTES as u64));
     }
-    let mut header = [0; HEADER_BYTES];
-    file.read_exact_at(&mut header, 0)
+    // In one call; of a file that is too long, what there may be.
+    let mut bytes = vec![0; actual.min(HEADER_BYTES as u64 + STATE_MAX_BYTES) as usize];
+    file.read_exact_at(&mut bytes, 0)
         .map_err(SnapshotError::Io)?;
-    let length = check_header(&header)?;
+    let Some((header, body)) = bytes.split_first_chunk() else {
+        return Err(truncated(HEADER_BYTES as u64));
+    };
+    let length = check_header(header)?;
     let expected = HEADER_BYTES as u64 + length;
     if actual < expected {
         return Err(truncated(expected));
@@ -113,13 +117,10 @@ pub fn read(file: &File) -> Result<MachineState, SnapshotError> {
     if actual > expected {
         return Err(SnapshotError::Trailing { actual, expected });
     }
-    let mut body = vec![0; length as usize];
-    file.read_exact_at(&mut body, HEADER_BYTES as u64)
-        .map_err(SnapshotError::Io)?;
-    if CRC.checksum(&body) != u64_at(&header, 24) {
+    if CRC.checksum(body) != u64_at(header, 24) {
         return Err(SnapshotError::Checksum("state"));
     }
-    let (state, rest) = postcard::take_from_bytes(&body).map_err(SnapshotError::Decode)?;
+    let (state, rest) = postcard::take_from_bytes(body).map_err(SnapshotError::Decode)?;
     match rest {
         [] => Ok(state),
         _ => Err(SnapshotError::Decode(

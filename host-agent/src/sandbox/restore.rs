@@ -28,6 +28,8 @@ use crate::time::Stopwatch;
 pub(super) struct Plan {
     pub(super) snapshot: SnapshotId,
     pub(super) chains: Chains,
+    /// What the guest touches is to be recorded.
+    pub(super) records: bool,
     rootfs: Arc<File>,
     _hold: Arc<Hold>,
 }
@@ -37,8 +39,8 @@ pub(super) struct RestoreFiles {
     state: File,
     memory: Vec<File>,
     disk: Vec<File>,
-    /// That of the root: what is written first is much the same in all that
-    /// build on it.
+    /// That of the root: what is touched first is much the same in all that build
+    /// on it.
     working_set: Option<File>,
 }
 
@@ -50,6 +52,7 @@ impl Plan {
         Self {
             snapshot: snapshot.id.clone(),
             chains: snapshot.chains.clone(),
+            records: false,
             rootfs: Arc::new(rootfs),
             _hold: Arc::new(hold),
         }
@@ -108,7 +111,7 @@ impl Pool {
             let opened: Result<File, LayerError> = self.snapshots.files(id).open_disk();
             opened.map_err(|error| failed(id, error))
         });
-        let root = plan.chains.memory.first();
+        let root = plan.chains.memory.first().filter(|_| !plan.records);
         let working_set = root.and_then(|id| self.snapshots.files(id).open_working_set());
         Ok(RestoreFiles {
             state,
@@ -164,11 +167,16 @@ impl Actor {
         watch.lap("restore");
 
         let guest = Guest::restored(&self.files.vsock_socket(), spares);
-        self.ask("take its identity and the time", guest.configure(identity))
-            .await?;
-        watch.lap("contract");
-
-        self.ask("run /bin/true", guest.prove_exec()).await?;
+        // Asked for at once: the agent, suspended as it was saved, starts no program
+        // before it has its identity.
+        let contract = async {
+            guest.configure(identity).await?;
+            watch.lap("contract");
+            Ok(())
+        };
+        let both = async { tokio::try_join!(contract, guest.prove_exec()).map(drop) };
+        let step = "take its identity and the time, and run /bin/true";
+        self.ask(step, both).await?;
         watch.lap("first_exec");
         noted.await?;
         self.guest = Some(guest);
@@ -256,6 +264,7 @@ fn restore_request<'fd>(
         control_listener_fd: Some(attach(files.control_listener.as_fd())),
         pagemap_fd: launched.pagemap.as_ref().map(|fd| attach(fd.as_fd())),
         working_set_fd: layers.working_set.as_ref().map(|fd| attach(fd.as_fd())),
+        record_working_set: plan.records,
     };
     (restore, fds)
 }

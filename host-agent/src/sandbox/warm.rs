@@ -54,7 +54,7 @@ enum WarmError {
     },
     #[error("{0}")]
     Request(#[from] RequestError),
-    #[error("its file cannot be written ({0})")]
+    #[error("its file cannot be written, or memory not be read ({0})")]
     WorkingSet(std::io::Error),
     #[error("soulboxd is stopping")]
     Stopping,
@@ -108,10 +108,16 @@ impl Pool {
         )?;
         let key = self.template_key(&template.manifest, resources).await?;
         self.discard_stale(Some(&key)).await;
-        if let Some((found, _)) = self.snapshots.take_template(name, resources)
-            && found.key.as_deref() == Some(key.as_str())
-        {
-            return Ok(());
+        let found = self.snapshots.list(|record| {
+            record.kind == SnapshotKind::Template
+                && !record.stale
+                && record.is_ready()
+                && record.template == *name
+                && record.resources == resources
+                && record.key.as_deref() == Some(key.as_str())
+        });
+        if let Some(found) = found.first() {
+            return self.offer_template_snapshot(found).await;
         }
         let reservation = self
             .admission
@@ -132,16 +138,39 @@ impl Pool {
         let made = self.leaving.run_until_cancelled(made).await;
         actor.remove_unlisted().await;
         let snapshot = made.unwrap_or(Err(WarmError::Stopping))?;
-        if let Err(error) = self.record_working_set(&snapshot).await {
-            tracing::warn!(template = name, %error, "what its sandboxes write first is not known; they start slower");
-        }
-        tracing::info!(template = name, snapshot = %snapshot.id, "its sandboxes start from a snapshot now");
+        self.offer_template_snapshot(&snapshot).await?;
         self.collect().await;
         Ok(())
     }
 
-    /// Restores a machine that nobody sees, and notes what it has written when it
-    /// has run its first program.
+    /// Has sandboxes start from a template's own snapshot; before that they are
+    /// booted, because a restore without the working set is slow too.
+    async fn offer_template_snapshot(
+        self: &Arc<Self>,
+        snapshot: &SnapshotRecord,
+    ) -> Result<(), WarmError> {
+        let template = &snapshot.template;
+        if self
+            .snapshots
+            .files(&snapshot.id)
+            .open_working_set()
+            .is_none()
+        {
+            match self.record_working_set(snapshot).await {
+                Err(WarmError::Stopping) => return Err(WarmError::Stopping),
+                Err(error) => {
+                    tracing::warn!(template, %error, "what its sandboxes touch first is not known; they start slower");
+                }
+                Ok(()) => {}
+            }
+        }
+        self.snapshots.offer(&snapshot.id);
+        tracing::info!(template, snapshot = %snapshot.id, "its sandboxes start from a snapshot now");
+        Ok(())
+    }
+
+    /// Restores a machine that nobody sees, and notes what it has touched when it
+    /// has run its first programs.
     async fn record_working_set(
         self: &Arc<Self>,
         snapshot: &SnapshotRecord,
@@ -150,7 +179,8 @@ impl Pool {
             .snapshots
             .take(&snapshot.id)
             .ok_or(WarmError::Stopping)?;
-        let plan = self.plan(&snapshot, hold).map_err(StartError::from)?;
+        let mut plan = self.plan(&snapshot, hold).map_err(StartError::from)?;
+        plan.records = true;
         let reservation = self
             .admission
             .reserve(snapshot.resources)
@@ -162,9 +192,16 @@ impl Pool {
         let mut actor = Actor::new(self, record);
         actor.is_listed = false;
         actor.reservation = Some(reservation);
+        let files = self.snapshots.files(&snapshot.id);
+        let evicted = files.clone();
+        // What is read is what has come into the page cache.
+        on_disk(move || evicted.evict_memory()).await?;
         let recorded = actor.restore_and_record(&plan, &id);
         let recorded = self.leaving.run_until_cancelled(recorded).await;
         actor.remove_unlisted().await;
+        if let Err(error) = on_disk(move || files.cache_memory()).await {
+            tracing::debug!(snapshot = %snapshot.id, %error, "its memory is not read ahead");
+        }
         recorded.unwrap_or(Err(WarmError::Stopping))
     }
 
@@ -286,6 +323,9 @@ impl Actor {
         if let Err(error) = self.restore(plan, identity, &mut watch).await {
             return Err(self.explain(error).await.into());
         }
+        // Most of what people run is run by a shell.
+        self.warm_up_with(&["/bin/sh", "-c", "/bin/echo"].map(str::to_owned))
+            .await;
         let Some(machine) = &self.machine else {
             return Err(WarmError::Stopping);
         };
@@ -374,6 +414,16 @@ impl Actor {
             tracing::error!(%error, "files are left over until the next start");
         }
     }
+}
+
+/// Does what may wait for a disk.
+async fn on_disk(
+    work: impl FnOnce() -> std::io::Result<()> + Send + 'static,
+) -> Result<(), WarmError> {
+    tokio::task::spawn_blocking(work)
+        .await
+        .unwrap_or_else(|error| Err(std::io::Error::other(error)))
+        .map_err(WarmError::WorkingSet)
 }
 
 /// What nobody uses, by /proc/meminfo.

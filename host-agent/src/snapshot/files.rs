@@ -3,8 +3,11 @@
 
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{self, ErrorKind};
-use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _, OpenOptionsExt as _};
+use std::os::unix::fs::{DirBuilderExt as _, FileExt as _, MetadataExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
+
+use rustix::fs::{Advice, SeekFrom};
+use rustix::io::Errno;
 
 use super::cold;
 use crate::id::SnapshotId;
@@ -173,7 +176,7 @@ impl SnapshotFiles {
         self.open(STATE)
     }
 
-    /// What its machines write first, where that has been recorded.
+    /// What its machines touch first, where that has been recorded.
     pub fn open_working_set(&self) -> Option<File> {
         File::open(self.folder.join(WORKING_SET)).ok()
     }
@@ -194,6 +197,38 @@ impl SnapshotFiles {
     pub fn keep_working_set(&self) -> io::Result<()> {
         let new = self.folder.join(NEW_WORKING_SET);
         fs::rename(new, self.folder.join(WORKING_SET))
+    }
+
+    /// Takes the memory layer out of the page cache, as far as nobody has mapped it.
+    pub fn evict_memory(&self) -> io::Result<()> {
+        let memory = File::open(self.folder.join(MEMORY))?;
+        Ok(rustix::fs::fadvise(&memory, 0, None, Advice::DontNeed)?)
+    }
+
+    /// Reads the memory layer into the page cache, but not its holes. With read(2)
+    /// it comes in as large folios, which are mapped at once.
+    pub fn cache_memory(&self) -> io::Result<()> {
+        let memory = File::open(self.folder.join(MEMORY))?;
+        let mut piece = vec![0; 1 << 20];
+        let mut hole = 0;
+        loop {
+            let data = match rustix::fs::seek(&memory, SeekFrom::Data(hole)) {
+                // There is no more.
+                Err(Errno::NXIO) => return Ok(()),
+                found => found?,
+            };
+            hole = rustix::fs::seek(&memory, SeekFrom::Hole(data))?;
+            let mut at = data;
+            while at < hole {
+                let want = piece
+                    .len()
+                    .min(usize::try_from(hole - at).unwrap_or(usize::MAX));
+                match memory.read_at(&mut piece[..want], at)? {
+                    0 => return Ok(()),
+                    count => at += count as u64,
+                }
+            }
+        }
     }
 
     pub fn open_disk(&self) -> Result<File, LayerError> {

@@ -37,6 +37,8 @@ pub struct Snapshots {
 struct Inner {
     records: BTreeMap<SnapshotId, SnapshotRecord>,
     holds: HashMap<SnapshotId, usize>,
+    /// The template's own that sandboxes start from.
+    offered: Option<SnapshotId>,
 }
 
 /// Keeps snapshots that no record names yet.
@@ -110,6 +112,7 @@ impl Snapshots {
                     .map(|record| (record.id.clone(), record))
                     .collect(),
                 holds: HashMap::new(),
+                offered: None,
             }),
             released: Notify::new(),
             thawing: tokio::sync::Mutex::new(()),
@@ -169,12 +172,18 @@ impl Snapshots {
         template: &str,
         resources: Resources,
     ) -> Option<(SnapshotRecord, Hold)> {
+        let offered = lock(&self.inner).offered.clone()?;
         self.find(|record| {
-            record.kind == SnapshotKind::Template
+            record.id == offered
                 && !record.stale
                 && record.template == template
                 && record.resources == resources
         })
+    }
+
+    /// Has [`Self::take_template`] find this one, and no other.
+    pub fn offer(&self, id: &SnapshotId) {
+        lock(&self.inner).offered = Some(id.clone());
     }
 
     fn find(

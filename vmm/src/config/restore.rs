@@ -9,6 +9,7 @@ use soulbox_proto::vmm::v1;
 use super::{Attached, ConfigError, Fds, RateLimit, checked_shape, invalid};
 use crate::devices::virtio::block::{Freeze, Merge};
 use crate::machine::{Shape, SnapshotFiles};
+use crate::memory::working_set::Ahead;
 
 /// A shell to be made.
 #[derive(Debug)]
@@ -26,7 +27,7 @@ pub struct RestoreRequest {
     /// Memory layers, root first.
     pub memory: Vec<File>,
     pub attached: Attached,
-    pub working_set: Option<File>,
+    pub ahead: Ahead,
     pub disks: Vec<RestoreDisk>,
     pub vsock_listener: Option<UnixListener>,
 }
@@ -76,9 +77,7 @@ impl RestoreRequest {
                 restore.control_listener_fd,
                 restore.pagemap_fd,
             )?,
-            working_set: fds
-                .take_optional("working_set_fd", restore.working_set_fd)?
-                .map(File::from),
+            ahead: ahead(&restore, &mut fds)?,
             disks: restore
                 .disks
                 .into_iter()
@@ -138,6 +137,19 @@ pub fn working_set_file(
     let file = fds.take("file_fd", record.file_fd)?;
     fds.finish()?;
     Ok(file.into())
+}
+
+fn ahead(restore: &v1::Restore, fds: &mut Fds) -> Result<Ahead, ConfigError> {
+    let working_set = fds.take_optional("working_set_fd", restore.working_set_fd)?;
+    match (working_set, restore.record_working_set) {
+        (Some(_), true) => Err(invalid(
+            "record_working_set",
+            "is of no use with working_set_fd; send one of them",
+        )),
+        (Some(file), false) => Ok(Ahead::FillIn(file.into())),
+        (None, true) => Ok(Ahead::Record),
+        (None, false) => Ok(Ahead::Nothing),
+    }
 }
 
 fn freeze(disk: &v1::SnapshotDisk, fds: &mut Fds) -> Result<Freeze, ConfigError> {

@@ -117,16 +117,12 @@ pub fn pre_fault(vcpu: &VcpuFd, start: GuestAddress, bytes: u64) -> Result<(), E
         ..Default::default()
     };
     while range.size > 0 {
-        let left = range.size;
         // SAFETY: the kernel reads and writes `range` alone, whose size is part
         // of the ioctl's number, and maps only what a slot has.
         let done = unsafe { libc::ioctl(vcpu.as_raw_fd(), KVM_PRE_FAULT_MEMORY, &raw mut range) };
         if done < 0 {
             let error = std::io::Error::last_os_error();
-            match Errno::from_io_error(&error) {
-                Some(Errno::INTR | Errno::AGAIN) if range.size < left => {}
-                errno => return Err(errno.unwrap_or(Errno::INVAL)),
-            }
+            return Err(Errno::from_io_error(&error).unwrap_or(Errno::INVAL));
         }
     }
     Ok(())

@@ -20,7 +20,8 @@ use crate::devices::virtio::vsock::{NewVsockError, Spare};
 use crate::devices::{Chip, Place};
 use crate::events::EventSender;
 use crate::memory::pagemap::Pagemap;
-use crate::memory::working_set::WorkingSet;
+use crate::memory::runs::{self, Pages};
+use crate::memory::working_set::{Ahead, WorkingSet};
 use crate::memory::{self, GuestMemory};
 use crate::vcpu::{self, VcpuGone, VcpuThread, cpuid, features};
 
@@ -65,7 +66,7 @@ pub enum Origin<'a> {
     Restore {
         state: Box<MachineState>,
         layers: Vec<File>,
-        working_set: Option<File>,
+        ahead: Ahead,
     },
 }
 
@@ -101,6 +102,9 @@ pub struct Machine {
     memory: GuestMemory,
     /// What memory is mapped from; none when it is anonymous.
     mapped: MemoryState,
+    /// Pages that were in memory before the guest ran; where what it reads is to
+    /// be known.
+    cached: Option<Vec<Pages>>,
     pagemap: Option<Pagemap>,
     shape: Shape,
     cpuid: CpuId,
@@ -179,6 +183,7 @@ impl Machine {
             .map(|vcpu| (vcpu.thread, vcpu.initial_msrs))
             .unzip();
         let mut restoring = Vec::new();
+        let mut cached = None;
         let (mapped, origin) = match origin {
             Origin::Boot { kernel, cmdline } => {
                 memory::map_anonymous(&memory)?;
@@ -192,7 +197,7 @@ impl Machine {
             Origin::Restore {
                 state,
                 layers,
-                working_set,
+                ahead,
             } => {
                 check_fit(&state, shape, &parts, layers.len())?;
                 let missing = features::missing(&state.cpu.cpuid, cpuid.as_slice());
@@ -206,26 +211,30 @@ impl Machine {
                 }
                 memory::map_layers(&memory, &layers, &state.memory.runs)?;
                 stages.mark("memory");
-                let mut ahead = working_set.and_then(|file| fill_in(&memory, &file));
-                stages.mark("working_set");
-                // vCPUs take their state while devices are made.
+                let mut working_set = match ahead {
+                    Ahead::Nothing => None,
+                    Ahead::FillIn(file) => Some(file),
+                    Ahead::Record => {
+                        memory::read_no_further(&memory)?;
+                        cached = memory::resident(&memory).ok();
+                        None
+                    }
+                };
+                // vCPUs take their state, and one fills in the working set, while
+                // devices are made.
                 for ((index, vcpu), (saved, initial_msrs)) in (0u8..)
                     .zip(&vcpus)
                     .zip(state.vcpus.into_iter().zip(initial_msrs))
                 {
                     let own = new_cpuid.then(|| cpuid::for_vcpu(&cpuid, index, shape.vcpu_count));
-                    // One vCPU maps memory for all.
-                    let ahead = ahead.take();
+                    let working_set = working_set.take().map(|file| (file, memory.clone()));
                     restoring.push(vcpu.call(move |fd| {
                         if let Some(cpuid) = own {
                             vcpu::state::set_cpuid(fd, &cpuid)?;
                         }
                         vcpu::state::restore(fd, &saved, &initial_msrs, xsave_words)?;
-                        for stretch in ahead.iter().flatten() {
-                            let (start, bytes) = (stretch.guest_address, stretch.bytes);
-                            if kvm::pre_fault(fd, start, bytes).is_err() {
-                                break;
-                            }
+                        if let Some((file, memory)) = working_set {
+                            fill_in(fd, &memory, &file);
                         }
                         Ok(())
                     })?);
@@ -300,6 +309,7 @@ impl Machine {
             vm,
             memory,
             mapped,
+            cached,
             pagemap,
             shape,
             cpuid,
@@ -375,12 +385,19 @@ impl Machine {
         }
     }
 
-    /// Writes what the guest has written to memory since its restore.
+    /// Writes which pages the guest has touched since its restore.
     pub fn record_working_set(&self, file: &File) -> Result<u64, SaveError> {
         let pagemap = self.pagemap.as_ref().ok_or(SaveError::NoPagemap)?;
-        let private = pagemap.private(&self.memory)?;
+        let written = pagemap.private(&self.memory)?;
+        let read = match &self.cached {
+            None => Vec::new(),
+            Some(cached) => {
+                let resident = memory::resident(&self.memory).map_err(SaveError::Memory)?;
+                runs::without(&runs::without(&resident, cached), &written)
+            }
+        };
         let ram_pages = self.shape.memory_bytes() / memory::PAGE_BYTES;
-        WorkingSet::new(ram_pages, private)
+        WorkingSet::new(ram_pages, written, read)
             .write(file)
             .map_err(SaveError::Memory)
     }

@@ -4,6 +4,9 @@
 use std::fs::File;
 use std::os::unix::net::UnixListener;
 
+use kvm_ioctls::VcpuFd;
+
+use super::kvm;
 use super::state::{self, MachineState, NamedDevice};
 use super::{DeviceSlot, Parts, Shape};
 use crate::bus::lock;
@@ -185,9 +188,18 @@ pub(super) fn restore_devices(
     Ok(())
 }
 
-/// Makes private what the guest is about to write.
-pub(super) fn fill_in(memory: &GuestMemory, working_set: &File) -> Option<Vec<memory::Stretch>> {
+/// Maps what the guest is about to touch, for this process and, as far as this KVM
+/// can, for the guest. One vCPU does so for all.
+pub(super) fn fill_in(vcpu: &VcpuFd, memory: &GuestMemory, working_set: &File) {
     let ram_pages = memory::size_bytes(memory) / memory::PAGE_BYTES;
-    let working_set = WorkingSet::read(working_set, ram_pages)?;
-    Some(memory::populate(memory, working_set.runs()))
+    let Some(set) = WorkingSet::read(working_set, ram_pages) else {
+        return;
+    };
+    memory::populate_to_write(memory, &set.written);
+    let touched = runs::bridged(&[&set.read[..], &set.written].concat());
+    let mapped = memory::parts(memory, &touched)
+        .try_for_each(|stretch| kvm::pre_fault(vcpu, stretch.guest_address, stretch.bytes));
+    if mapped.is_err() {
+        memory::populate_to_read(memory, &set.read);
+    }
 }

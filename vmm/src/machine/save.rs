@@ -1,12 +1,11 @@
 //! A snapshot of a machine that goes on.
 
 use std::fs::File;
-use std::io::{self, Seek as _, SeekFrom};
+use std::io;
 use std::sync::Arc;
 use std::time::Instant;
 
 use soulbox_proto::vmm::v1;
-use vm_memory::Bytes;
 
 use super::state::{MachineState, MemoryState, NamedDevice, VmState};
 use super::{Machine, Stopwatch, cpu_profile, kvm, monotonic_ns};
@@ -14,8 +13,7 @@ use crate::bus::lock;
 use crate::devices::Chip;
 use crate::devices::virtio::block::{Block, Freeze, FreezeError};
 use crate::memory::pagemap::PagemapError;
-use crate::memory::runs::{self, Pages};
-use crate::memory::{self, GuestMemory};
+use crate::memory::{self, runs};
 use crate::snapshot::{self, SnapshotError};
 use crate::vcpu::{Answer, VcpuGone, state};
 
@@ -174,19 +172,21 @@ impl Machine {
         let keep = files.keep_memory_layers;
         let pagemap = self.pagemap.as_ref().ok_or(SaveError::NoPagemap)?;
         let dirty = pagemap.private(&self.memory)?;
-        let written = if self.mapped.layers == 0 {
-            dirty
+        let (written, runs) = if self.mapped.layers == 0 {
+            // The new layer is the root, which everything is in.
+            (dirty, Vec::new())
         } else {
-            runs::to_write(&self.mapped.runs, &dirty, keep)
+            let written = runs::to_write(&self.mapped.runs, &dirty, keep);
+            let runs = runs::overlay(&self.mapped.runs, &written, keep);
+            (written, runs)
         };
         stages.mark("find");
-        let memory_bytes = write_pages(&self.memory, &written, &files.memory)?;
-        let runs = if self.mapped.layers == 0 {
-            // The new layer is the root, which everything is in.
-            Vec::new()
-        } else {
-            runs::overlay(&self.mapped.runs, &written, keep)
+        let write = match self.mapped.layers {
+            0 => memory::write_root,
+            _ => memory::write_layer,
         };
+        let memory_bytes =
+            write(&self.memory, &written, &files.memory).map_err(SaveError::Memory)?;
         stages.mark("memory");
 
         let mut disk_layers = Vec::new();
@@ -232,36 +232,6 @@ impl Machine {
                 f(disk);
             }
         }
-    }
-}
-
-/// Writes pages to their offsets in a layer, which becomes as long as RAM.
-fn write_pages(memory: &GuestMemory, pages: &[Pages], layer: &File) -> Result<u64, SaveError> {
-    let mut layer = layer;
-    layer
-        .set_len(memory::size_bytes(memory))
-        .map_err(SaveError::Memory)?;
-    let mut written = 0;
-    for pages in pages {
-        let start = pages.start * memory::PAGE_BYTES;
-        let bytes = (pages.end - pages.start) * memory::PAGE_BYTES;
-        for part in memory::part(memory, start, bytes) {
-            layer
-                .seek(SeekFrom::Start(part.offset))
-                .map_err(SaveError::Memory)?;
-            memory
-                .write_all_volatile_to(part.guest_address, &mut layer, part.bytes as usize)
-                .map_err(|error| SaveError::Memory(into_io(error)))?;
-            written += part.bytes;
-        }
-    }
-    Ok(written)
-}
-
-fn into_io(error: vm_memory::GuestMemoryError) -> io::Error {
-    match error {
-        vm_memory::GuestMemoryError::IOError(error) => error,
-        other => io::Error::other(other),
     }
 }
 

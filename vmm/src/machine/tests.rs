@@ -131,6 +131,7 @@ fn run(start_page: u64, pages: u64, layer: u32) -> Run {
         start_page,
         pages,
         layer,
+        layer_page: start_page,
     }
 }
 

@@ -2,12 +2,13 @@
 //! mapped when it is known what the machine starts from.
 //!
 //! All of it is private to this process. A booted machine's is anonymous. A
-//! restored machine's is mapped from memory layers: sparse files as long as RAM,
-//! in which a page is at its offset in RAM. What the guest writes becomes
-//! anonymous, so what a snapshot has to save is exactly the anonymous pages
+//! restored machine's is mapped from memory layers: the first a sparse file as
+//! long as RAM, in which a page is at its offset in RAM; the others dense, with
+//! runs that the state places. What the guest writes becomes anonymous, so what a snapshot has to save is exactly the anonymous pages
 //! ([`pagemap`]), and all machines of a template share its page cache.
 
 use std::fs::File;
+use std::io;
 
 use vm_memory::mmap::{GuestRegionMmap, MmapRegionBuilder, MmapRegionError};
 use vm_memory::{
@@ -41,7 +42,7 @@ pub enum MapError {
     #[error("the size of a memory layer could not be read")]
     Stat(#[source] rustix::io::Errno),
     #[error(
-        "memory layer {layer} has {actual} bytes but RAM {expected}; it is not of this snapshot"
+        "memory layer {layer} has {actual} bytes, not {expected}; it is not of this snapshot or was cut"
     )]
     Size {
         layer: usize,
@@ -90,12 +91,22 @@ pub fn map_anonymous(memory: &GuestMemory) -> Result<(), MapError> {
 }
 
 /// Maps the first layer over all of RAM, and over it the runs of the others.
-/// The runs have been checked to be in RAM and of layers that there are.
+/// The runs have been checked to be in RAM and of layers that there are; the
+/// layers are as long as they say, or are refused: a page behind a file's end
+/// would end this process when it is touched.
 pub fn map_layers(memory: &GuestMemory, layers: &[File], runs: &[Run]) -> Result<(), MapError> {
-    let expected = size_bytes(memory);
-    for (layer, file) in layers.iter().enumerate() {
+    let mut needed = vec![0; layers.len()];
+    if let Some(root) = needed.first_mut() {
+        *root = size_bytes(memory);
+    }
+    for run in runs {
+        if let Some(needed) = needed.get_mut(run.layer as usize) {
+            *needed = run.layer_end_bytes().max(*needed);
+        }
+    }
+    for (layer, (file, expected)) in layers.iter().zip(needed).enumerate() {
         let actual = rustix::fs::fstat(file).map_err(MapError::Stat)?.st_size as u64;
-        if actual != expected {
+        if actual < expected || (layer == 0 && actual > expected) {
             return Err(MapError::Size {
                 layer,
                 actual,
@@ -105,17 +116,37 @@ pub fn map_layers(memory: &GuestMemory, layers: &[File], runs: &[Run]) -> Result
     }
     if let Some(root) = layers.first() {
         for stretch in stretches(memory) {
-            map::file(&stretch, root).map_err(MapError::Map)?;
+            map::file(&stretch, root, stretch.offset).map_err(MapError::Map)?;
         }
     }
     for run in runs {
         if let Some(layer) = layers.get(run.layer as usize) {
             for stretch in part(memory, run.start_bytes(), run.bytes()) {
-                map::file(&stretch, layer).map_err(MapError::Map)?;
+                let into = stretch.offset - run.start_bytes();
+                map::file(&stretch, layer, run.layer_bytes() + into).map_err(MapError::Map)?;
             }
         }
     }
     Ok(())
+}
+
+/// Writes pages to a new root layer, at their offsets in RAM. Returns how many
+/// bytes.
+pub fn write_root(memory: &GuestMemory, pages: &[Pages], layer: &File) -> io::Result<u64> {
+    layer.set_len(size_bytes(memory))?;
+    let mut written = 0;
+    for stretch in parts(memory, pages) {
+        map::write(&[stretch], layer, stretch.offset)?;
+        written += stretch.bytes;
+    }
+    Ok(written)
+}
+
+/// Writes pages one behind the other to a new layer. Returns how many bytes.
+pub fn write_layer(memory: &GuestMemory, pages: &[Pages], layer: &File) -> io::Result<u64> {
+    let stretches: Vec<Stretch> = parts(memory, pages).collect();
+    map::write(&stretches, layer, 0)?;
+    Ok(stretches.iter().map(|stretch| stretch.bytes).sum())
 }
 
 /// Gives pages that the guest has no use for back to the host. It reads them as
@@ -139,19 +170,52 @@ pub fn discard(memory: &GuestMemory, start: GuestAddress, bytes: u64) -> rustix:
     })
 }
 
-/// Makes pages private before the guest writes to them; gives where they are. A
-/// page that cannot be is made so by that write.
-pub(crate) fn populate(memory: &GuestMemory, pages: &[Pages]) -> Vec<Stretch> {
-    let populated = pages.iter().flat_map(|pages| {
+/// Makes pages private before the guest writes to them. One that cannot be is made
+/// so by that write.
+pub(crate) fn populate_to_write(memory: &GuestMemory, pages: &[Pages]) {
+    for stretch in parts(memory, pages) {
+        // EINVAL before Linux 5.14, which does not know how.
+        let _ = map::populate_to_write(&stretch);
+    }
+}
+
+/// Maps pages before the guest reads them.
+pub(crate) fn populate_to_read(memory: &GuestMemory, pages: &[Pages]) {
+    for stretch in parts(memory, pages) {
+        let _ = map::populate_to_read(&stretch);
+    }
+}
+
+/// Has the guest's page faults read nothing from the layers but the page that is
+/// touched, so that [`resident`] tells which those are.
+pub(crate) fn read_no_further(memory: &GuestMemory) -> Result<(), MapError> {
+    stretches(memory)
+        .iter()
+        .try_for_each(map::read_no_further)
+        .map_err(MapError::Map)
+}
+
+/// The pages that need not be read from a layer: private ones, and those in the
+/// page cache.
+pub(crate) fn resident(memory: &GuestMemory) -> io::Result<Vec<Pages>> {
+    let mut resident = Vec::new();
+    for stretch in stretches(memory) {
+        let first = stretch.offset / PAGE_BYTES;
+        for (page, is_resident) in (first..).zip(map::resident(&stretch)?) {
+            if is_resident {
+                runs::push(&mut resident, page, 1);
+            }
+        }
+    }
+    Ok(resident)
+}
+
+/// Where pages lie.
+pub(crate) fn parts(memory: &GuestMemory, pages: &[Pages]) -> impl Iterator<Item = Stretch> {
+    pages.iter().flat_map(|pages| {
         let bytes = (pages.end - pages.start) * PAGE_BYTES;
         part(memory, pages.start * PAGE_BYTES, bytes)
-    });
-    populated
-        .inspect(|stretch| {
-            // EINVAL before Linux 5.14, which does not know how.
-            let _ = map::populate(stretch);
-        })
-        .collect()
+    })
 }
 
 /// All of RAM, in bytes.
@@ -223,6 +287,16 @@ mod tests {
         file
     }
 
+    /// A page of layer 1.
+    fn run(start_page: u64, layer_page: u64) -> Run {
+        Run {
+            start_page,
+            pages: 1,
+            layer: 1,
+            layer_page,
+        }
+    }
+
     fn byte(memory: &GuestMemory, page: u64) -> u8 {
         memory.read_obj(GuestAddress(page * PAGE_BYTES)).unwrap()
     }
@@ -231,17 +305,12 @@ mod tests {
     fn layers_lie_over_each_other_and_writes_stay_here() {
         let memory = reserve(1 << 20).unwrap();
         let root = layer(1 << 20, &[(0, 1), (1, 1), (2, 1)]);
-        let diff = layer(1 << 20, &[(1, 2), (9, 2)]);
-        let run = |start_page, pages| Run {
-            start_page,
-            pages,
-            layer: 1,
-        };
+        let diff = layer(2 * PAGE_BYTES, &[(0, 2), (1, 3)]);
         let layers = [root, diff];
-        map_layers(&memory, &layers, &[run(1, 1), run(9, 1)]).unwrap();
+        map_layers(&memory, &layers, &[run(1, 0), run(9, 1)]).unwrap();
         assert_eq!(
             [0, 1, 2, 3, 9].map(|page| byte(&memory, page)),
-            [1, 2, 1, 0, 2]
+            [1, 2, 1, 0, 3]
         );
         memory.write_obj(7u8, GuestAddress(0)).unwrap();
         let mut first = [0];
@@ -254,15 +323,64 @@ mod tests {
     #[test]
     fn a_layer_of_another_size_is_refused() {
         let memory = reserve(1 << 20).unwrap();
-        let short = layer(4096, &[]);
-        assert!(matches!(
-            map_layers(&memory, &[short], &[]),
-            Err(MapError::Size {
-                layer: 0,
-                actual: 4096,
-                ..
-            })
-        ));
+        let refused = |bytes: [u64; 2]| {
+            let layers = bytes.map(|bytes| layer(bytes, &[]));
+            match map_layers(&memory, &layers, &[run(7, 1)]) {
+                Err(MapError::Size { layer, .. }) => Some(layer),
+                other => {
+                    other.unwrap();
+                    None
+                }
+            }
+        };
+        assert_eq!(refused([4096, 8192]), Some(0));
+        assert_eq!(refused([2 << 20, 8192]), Some(0));
+        assert_eq!(refused([1 << 20, 8191]), Some(1));
+        assert_eq!(refused([1 << 20, 8192]), None);
+    }
+
+    /// What is written to layers is what is mapped from them, on both sides of
+    /// the gap in RAM.
+    #[test]
+    fn a_layer_holds_what_was_written_to_it() {
+        const RAM: u64 = 4 << 30;
+        let gap_page = (3 << 30) / PAGE_BYTES;
+        let pages = |start, end| Pages { start, end };
+        let (low, high) = (pages(5, 7), pages(gap_page - 1, gap_page + 2));
+        let memory = reserve(RAM).unwrap();
+        map_anonymous(&memory).unwrap();
+        let fill = |memory: &GuestMemory, byte: u8| {
+            for stretch in parts(memory, &[low, high]) {
+                let bytes = vec![byte; stretch.bytes as usize];
+                memory.write_slice(&bytes, stretch.guest_address).unwrap();
+            }
+        };
+        fill(&memory, 1);
+        let (root, diff) = (layer(0, &[]), layer(0, &[]));
+        assert_eq!(
+            write_root(&memory, &[low, high], &root).unwrap(),
+            5 * PAGE_BYTES
+        );
+        assert_eq!(root.metadata().unwrap().len(), RAM);
+        fill(&memory, 2);
+        assert_eq!(
+            write_layer(&memory, &[high], &diff).unwrap(),
+            3 * PAGE_BYTES
+        );
+        assert_eq!(diff.metadata().unwrap().len(), 3 * PAGE_BYTES);
+
+        let restored = reserve(RAM).unwrap();
+        let runs = runs::overlay(&[], &[high], 1);
+        map_layers(&restored, &[root, diff], &runs).unwrap();
+        for (pages, expected) in [(low, 1u8), (high, 2)] {
+            for stretch in parts(&restored, &[pages]) {
+                let mut bytes = vec![0; stretch.bytes as usize];
+                restored
+                    .read_slice(&mut bytes, stretch.guest_address)
+                    .unwrap();
+                assert!(bytes.iter().all(|byte| *byte == expected));
+            }
+        }
     }
 
     #[test]

@@ -6,7 +6,7 @@
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 
-use super::runs::Pages;
+use super::runs::{Pages, push};
 use super::{GuestMemory, PAGE_BYTES, Stretch, stretches};
 
 mod scan;
@@ -75,16 +75,6 @@ impl Pagemap {
             done += batch;
         }
         Ok(())
-    }
-}
-
-fn push(private: &mut Vec<Pages>, start: u64, pages: u64) {
-    match private.last_mut() {
-        Some(last) if last.end == start => last.end += pages,
-        _ => private.push(Pages {
-            start,
-            end: start + pages,
-        }),
     }
 }
 

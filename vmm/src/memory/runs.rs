@@ -4,8 +4,8 @@ use serde::{Deserialize, Serialize};
 
 use super::PAGE_BYTES;
 
-/// Pages that are nobody's and lie between two runs are written along when they
-/// are this few: one mapping less is worth more.
+/// Pages that are nobody's and lie between two runs are taken along when they are
+/// this few: one mapping, or one call, less is worth more.
 const BRIDGE_PAGES: u64 = 8;
 
 /// Consecutive pages in one layer.
@@ -16,6 +16,8 @@ pub struct Run {
     pub pages: u64,
     /// From 0, the root, which all of RAM is in if no run says otherwise.
     pub layer: u32,
+    /// From the start of the layer.
+    pub layer_page: u64,
 }
 
 /// Consecutive pages.
@@ -45,13 +47,33 @@ impl Run {
         self.pages * PAGE_BYTES
     }
 
+    /// Where it starts in its layer.
+    pub fn layer_bytes(&self) -> u64 {
+        self.layer_page * PAGE_BYTES
+    }
+
+    /// Where it ends in its layer.
+    pub fn layer_end_bytes(&self) -> u64 {
+        self.layer_bytes() + self.bytes()
+    }
+
     fn end_page(&self) -> u64 {
         self.start_page + self.pages
+    }
+
+    /// The part of the run that these pages of it are.
+    fn cut(&self, pages: &Pages) -> Self {
+        Self {
+            start_page: pages.start,
+            pages: pages.end - pages.start,
+            layer: self.layer,
+            layer_page: self.layer_page + (pages.start - self.start_page),
+        }
     }
 }
 
 /// Checks runs that come from a file: in order, apart, in RAM and in layers
-/// above the root.
+/// above the root, none of which can be longer than RAM.
 pub fn check(runs: &[Run], ram_pages: u64, layers: u32) -> Result<(), RunsError> {
     let mut free = 0;
     for run in runs {
@@ -62,9 +84,52 @@ pub fn check(runs: &[Run], ram_pages: u64, layers: u32) -> Result<(), RunsError>
         if run.layer == 0 || run.layer >= layers {
             return Err(RunsError::Layer(run.layer));
         }
+        let layer_end = run.layer_page.checked_add(run.pages);
+        if layer_end.is_none_or(|end| end > ram_pages) {
+            return Err(RunsError::Range);
+        }
         free = run.end_page();
     }
     Ok(())
+}
+
+/// Adds pages behind those that are there.
+pub(super) fn push(sorted: &mut Vec<Pages>, start: u64, pages: u64) {
+    match sorted.last_mut() {
+        Some(last) if last.end == start => last.end += pages,
+        _ => sorted.push(Pages {
+            start,
+            end: start + pages,
+        }),
+    }
+}
+
+/// `pages` without those of `others`; both are in order and apart.
+pub fn without(pages: &[Pages], others: &[Pages]) -> Vec<Pages> {
+    let mut rest = Vec::new();
+    for pages in pages {
+        let mut start = pages.start;
+        let first = others.partition_point(|other| other.end <= pages.start);
+        for other in &others[first..] {
+            if other.start >= pages.end {
+                break;
+            }
+            if other.start > start {
+                rest.push(Pages {
+                    start,
+                    end: other.start,
+                });
+            }
+            start = start.max(other.end);
+        }
+        if start < pages.end {
+            rest.push(Pages {
+                start,
+                end: pages.end,
+            });
+        }
+    }
+    rest
 }
 
 /// What a new layer must hold: the dirty pages and those of the layers from
@@ -77,55 +142,51 @@ pub fn to_write(runs: &[Run], dirty: &[Pages], keep: u32) -> Vec<Pages> {
             start: run.start_page,
             end: run.end_page(),
         });
-    let mut all: Vec<Pages> = dirty.iter().copied().chain(flattened).collect();
-    all.sort_unstable_by_key(|pages| pages.start);
-    let mut merged: Vec<Pages> = Vec::new();
-    for pages in all {
-        match merged.last_mut() {
+    let all: Vec<Pages> = dirty.iter().copied().chain(flattened).collect();
+    bridged(&all)
+}
+
+/// All of these pages, sorted and apart, with small gaps bridged.
+pub fn bridged(pages: &[Pages]) -> Vec<Pages> {
+    let mut sorted = pages.to_vec();
+    sorted.sort_unstable_by_key(|pages| pages.start);
+    let mut bridged: Vec<Pages> = Vec::new();
+    for pages in sorted {
+        match bridged.last_mut() {
             Some(last) if pages.start <= last.end + BRIDGE_PAGES => {
                 last.end = last.end.max(pages.end);
             }
-            _ => merged.push(pages),
+            _ => bridged.push(pages),
         }
     }
-    merged
+    bridged
 }
 
 /// The runs of a snapshot that keeps the first `keep` layers of `runs` and has
-/// `written`, sorted and apart, in a layer of its own above them.
+/// `written`, sorted and apart, one behind the other in a layer of its own above
+/// them.
 pub fn overlay(runs: &[Run], written: &[Pages], keep: u32) -> Vec<Run> {
+    let mut layer_page = 0;
     let mut overlaid: Vec<Run> = written
         .iter()
-        .map(|pages| Run {
-            start_page: pages.start,
-            pages: pages.end - pages.start,
-            layer: keep,
+        .map(|pages| {
+            let run = Run {
+                start_page: pages.start,
+                pages: pages.end - pages.start,
+                layer: keep,
+                layer_page,
+            };
+            layer_page += run.pages;
+            run
         })
         .collect();
     for run in runs.iter().filter(|run| run.layer < keep) {
-        // What of the run is not written anew.
-        let mut start = run.start_page;
-        let first = written.partition_point(|pages| pages.end <= run.start_page);
-        for pages in &written[first..] {
-            if pages.start >= run.end_page() {
-                break;
-            }
-            if pages.start > start {
-                overlaid.push(Run {
-                    start_page: start,
-                    pages: pages.start - start,
-                    layer: run.layer,
-                });
-            }
-            start = start.max(pages.end);
-        }
-        if start < run.end_page() {
-            overlaid.push(Run {
-                start_page: start,
-                pages: run.end_page() - start,
-                layer: run.layer,
-            });
-        }
+        let all = Pages {
+            start: run.start_page,
+            end: run.end_page(),
+        };
+        let kept = without(&[all], written);
+        overlaid.extend(kept.iter().map(|pages| run.cut(pages)));
     }
     overlaid.sort_unstable_by_key(|run| run.start_page);
     overlaid
@@ -138,12 +199,21 @@ mod tests {
 
     const RAM: u64 = 256;
 
-    fn owners(runs: &[Run]) -> Vec<u32> {
-        let mut owners = vec![0; RAM as usize];
+    /// For each page, its layer and its place there.
+    fn places(runs: &[Run]) -> Vec<(usize, usize)> {
+        let mut places: Vec<_> = (0..RAM as usize).map(|page| (0, page)).collect();
         for run in runs {
-            owners[run.start_page as usize..run.end_page() as usize].fill(run.layer);
+            for page in 0..run.pages {
+                let layer_page = (run.layer_page + page) as usize;
+                places[(run.start_page + page) as usize] = (run.layer as usize, layer_page);
+            }
         }
-        owners
+        places
+    }
+
+    /// Any, and often one that passes.
+    fn number() -> impl Strategy<Value = u64> {
+        prop_oneof![any::<u64>(), 0..RAM]
     }
 
     fn pages() -> impl Strategy<Value = Vec<Pages>> {
@@ -176,29 +246,29 @@ mod tests {
                 }
                 let keep = if flatten { 1 } else { layers };
                 let written = to_write(&runs, &dirty, keep);
-                let mut layer = vec![usize::MAX; RAM as usize];
+                let mut layer = Vec::new();
                 for pages in &written {
-                    for page in pages.start..pages.end {
-                        layer[page as usize] = version[page as usize];
-                    }
+                    layer.extend(&version[pages.start as usize..pages.end as usize]);
                 }
                 contents.truncate(keep as usize);
                 contents.push(layer);
                 runs = overlay(&runs, &written, keep);
                 layers = keep + 1;
                 prop_assert_eq!(check(&runs, RAM, layers), Ok(()));
-                for (page, owner) in owners(&runs).into_iter().enumerate() {
-                    prop_assert_eq!(contents[owner as usize][page], version[page]);
+                for ((layer, place), version) in places(&runs).into_iter().zip(&version) {
+                    prop_assert_eq!(contents[layer][place], *version);
                 }
             }
         }
 
         /// No run that a file may hold panics, and what passes is safe to map.
         #[test]
-        fn hostile_runs_are_refused(runs in prop::collection::vec((any::<u64>(), any::<u64>(), 0..4u32), 0..5)) {
-            let runs: Vec<Run> = runs.into_iter().map(|(start_page, pages, layer)| Run { start_page, pages, layer }).collect();
+        fn hostile_runs_are_refused(runs in prop::collection::vec((number(), number(), 0..4u32, number()), 0..5)) {
+            let run = |(start_page, pages, layer, layer_page)| Run { start_page, pages, layer, layer_page };
+            let runs: Vec<Run> = runs.into_iter().map(run).collect();
             if check(&runs, RAM, 3).is_ok() {
                 prop_assert!(runs.iter().all(|run| run.end_page() <= RAM && (1..3).contains(&run.layer)));
+                prop_assert!(runs.iter().all(|run| run.layer_end_bytes() <= RAM * PAGE_BYTES));
             }
         }
     }

@@ -77,6 +77,7 @@ pub(super) fn wait_for_start(
                     match new_frame(prepare.shape, prepare.kvm, &mut stages) {
                         Ok(frame) => {
                             *shell = Some(frame);
+                            crate::sys::map_own_code();
                             let stages = stages.into_stages();
                             control.reply(id, ReplyResult::Prepared(v1::Prepared { stages }))
                         }
@@ -175,7 +176,7 @@ pub(super) fn build_restored(
     let origin = Origin::Restore {
         state: Box::new(state),
         layers: restore.memory,
-        working_set: restore.working_set,
+        ahead: restore.ahead,
     };
     let machine = Machine::new(frame, parts, origin, console.clone(), events, stages)?;
     Ok((machine, console, restore.attached.control_listener))

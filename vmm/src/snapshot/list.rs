@@ -27,7 +27,9 @@ impl<'de, const MAX: usize, T: Deserialize<'de>> Visitor<'de> for AtMost<MAX, T>
     }
 
     fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<Vec<T>, A::Error> {
-        let mut list = Vec::new();
+        // What the file claims is no reason to take more than a page at first.
+        let some = 4096 / size_of::<T>().max(1);
+        let mut list = Vec::with_capacity(seq.size_hint().unwrap_or(0).min(some).min(MAX));
         while let Some(element) = seq.next_element()? {
             if list.len() == MAX {
                 return Err(A::Error::invalid_length(MAX + 1, &self));

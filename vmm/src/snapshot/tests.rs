@@ -279,6 +279,7 @@ fn the_longest_state_fits() {
         start_page: pages - 1,
         pages,
         layer: 127,
+        layer_page: pages - 1,
     };
     state.memory.runs = vec![run; MAX_RUNS];
     assert!(bytes_of(&state).len() as u64 <= STATE_MAX_BYTES + HEADER_BYTES as u64);
