@@ -8,6 +8,7 @@ use soulbox_proto::vmm::v1;
 
 use super::{Attached, ConfigError, Fds, RateLimit, checked_shape, invalid};
 use crate::devices::virtio::block::{Freeze, Merge};
+use crate::devices::virtio::net::NetConfig;
 use crate::machine::{Shape, SnapshotFiles};
 
 /// A shell to be made.
@@ -29,6 +30,7 @@ pub struct RestoreRequest {
     pub working_set: Option<File>,
     pub disks: Vec<RestoreDisk>,
     pub vsock_listener: Option<UnixListener>,
+    pub net: Option<NetConfig>,
 }
 
 #[derive(Debug)]
@@ -87,6 +89,10 @@ impl RestoreRequest {
             vsock_listener: fds
                 .take_optional("vsock_listener_fd", restore.vsock_listener_fd)?
                 .map(UnixListener::from),
+            net: restore
+                .net
+                .map(|net| NetConfig::from_message(net, &mut fds))
+                .transpose()?,
         };
         fds.finish()?;
         Ok(request)
@@ -103,7 +109,7 @@ impl RestoreDisk {
             layer: fds
                 .take_optional("disks.layer_fd", disk.layer_fd)?
                 .map(File::from),
-            rate_limit: RateLimit::from_message(disk.rate_limit.unwrap_or_default())?,
+            rate_limit: RateLimit::from_message("disks.rate_limit", disk.rate_limit)?,
         })
     }
 }
