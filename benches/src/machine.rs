@@ -78,6 +78,7 @@ pub(crate) fn prepare(program: &Path, memory_mib: u32) -> Result<Monitor> {
         memory_mib,
         block_devices: 0,
         vsock: false,
+        net: false,
     })?;
     Ok(monitor)
 }

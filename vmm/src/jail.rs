@@ -12,6 +12,7 @@ use seccompiler::{
 };
 
 use crate::devices::virtio::block::REGISTER_FILES_UPDATE;
+use crate::devices::virtio::net::TAP_IOCTLS;
 use crate::memory::pagemap::PAGEMAP_SCAN;
 
 /// KVM's ioctls (`KVMIO`), in bits 15:8 of every one of their numbers.
@@ -190,14 +191,16 @@ fn filter() -> Result<BpfProgram, BackendError> {
     let kvm = argument(1, SeccompCmpOp::MaskedEq(IOCTL_TYPE_MASK), KVM_IOCTL_TYPE)?;
     let nonblocking = argument(1, SeccompCmpOp::Eq, libc::FIONBIO)?;
     let pagemap = argument(1, SeccompCmpOp::Eq, PAGEMAP_SCAN)?;
-    rules.insert(
-        libc::SYS_ioctl,
-        vec![
-            SeccompRule::new(vec![kvm])?,
-            SeccompRule::new(vec![nonblocking])?,
-            SeccompRule::new(vec![pagemap])?,
-        ],
-    );
+    let mut ioctls = vec![
+        SeccompRule::new(vec![kvm])?,
+        SeccompRule::new(vec![nonblocking])?,
+        SeccompRule::new(vec![pagemap])?,
+    ];
+    for request in TAP_IOCTLS {
+        let tap = argument(1, SeccompCmpOp::Eq, request)?;
+        ioctls.push(SeccompRule::new(vec![tap])?);
+    }
+    rules.insert(libc::SYS_ioctl, ioctls);
     let unix = argument(0, SeccompCmpOp::Eq, libc::AF_UNIX as u64)?;
     rules.insert(libc::SYS_socketpair, vec![SeccompRule::new(vec![unix])?]);
     // Naming threads; finding the vDSO's clock; and, with seccomp(2) above, the

@@ -17,6 +17,7 @@ use crate::config::{SnapshotRequest, working_set_file};
 use crate::console::Console;
 use crate::control::{ControlSocket, Incoming, ReceiveError, Received, Wait};
 use crate::devices::Chip;
+use crate::devices::virtio::net::{NetChange, NetError};
 use crate::error_chain;
 use crate::events::{self, EventReceiver, Exit, MachineEvent};
 use crate::machine::{Frame, Machine, Stopwatch};
@@ -232,7 +233,7 @@ impl Monitor {
             return Ok(None);
         };
         // The event may be of a client before this one: do not wait.
-        let Incoming { request, fds } = match control.receive(Wait::No) {
+        let Incoming { request, fds } = *match control.receive(Wait::No) {
             Ok(Received::Request(incoming)) => incoming,
             Ok(Received::Nothing) => return Ok(None),
             Ok(Received::End) | Err(ReceiveError::Io(_)) => return Ok(self.client_gone()),
@@ -280,6 +281,13 @@ impl Monitor {
                 set_balloon(machine, balloon.target_mib);
                 control.reply(id, ReplyResult::BalloonSet(v1::BalloonSet {}))
             }
+            Some(Op::SetNet(set)) => match NetChange::from_message(set, fds) {
+                Ok(change) => match set_net(machine, change) {
+                    Ok(()) => control.reply(id, ReplyResult::NetSet(v1::NetSet {})),
+                    Err(Refusal { code, message }) => control.refuse(id, code, message),
+                },
+                Err(error) => control.refuse(id, Code::Invalid, error.to_string()),
+            },
             Some(Op::Shutdown(_)) => {
                 let _ = control.reply(id, ReplyResult::ShuttingDown(v1::ShuttingDown {}));
                 return Ok(Some(forced("the client asked for it")));
@@ -379,6 +387,22 @@ fn set_balloon(machine: &Machine, target_mib: u32) {
         }
         _ => None,
     });
+}
+
+fn set_net(machine: &Machine, change: NetChange) -> Result<(), Refusal> {
+    let changed = machine.with_chip(|chip| match chip {
+        Chip::Net(net) => Some(net.change(change)),
+        _ => None,
+    });
+    match changed {
+        Some(Ok(())) => Ok(()),
+        Some(Err(error @ NetError::NoTap)) => Err(refusal(Code::WrongState, &error)),
+        Some(Err(error @ NetError::Host(_))) => Err(refusal(Code::Host, &error)),
+        None => Err(Refusal {
+            code: Code::WrongState,
+            message: "the machine has no network device".into(),
+        }),
+    }
 }
 
 fn forced(message: &str) -> Exit {

@@ -107,7 +107,18 @@ impl RateLimiter {
     /// timer for when the request can go, and returns false.
     #[must_use]
     pub fn consume(&mut self, bytes: u64, operations: u64) -> bool {
-        match self.consume_at(Instant::now(), bytes, operations) {
+        let admitted = self.admits(bytes, operations);
+        if admitted {
+            self.charge(bytes, operations);
+        }
+        admitted
+    }
+
+    /// Whether a request may go now, without taking what it costs. If not, arms
+    /// the timer for when it can.
+    #[must_use]
+    pub fn admits(&mut self, bytes: u64, operations: u64) -> bool {
+        match self.admits_at(Instant::now(), bytes, operations) {
             Ok(()) => true,
             Err(wait) => {
                 self.arm(wait);
@@ -116,7 +127,18 @@ impl RateLimiter {
         }
     }
 
-    fn consume_at(&mut self, now: Instant, bytes: u64, operations: u64) -> Result<(), Duration> {
+    /// Takes what a request has cost, whether it is there or not: what is
+    /// missing is a debt, which the next request waits for.
+    pub fn charge(&mut self, bytes: u64, operations: u64) {
+        if let Some(bucket) = &mut self.bytes {
+            bucket.take(bytes);
+        }
+        if let Some(bucket) = &mut self.operations {
+            bucket.take(operations);
+        }
+    }
+
+    fn admits_at(&mut self, now: Instant, bytes: u64, operations: u64) -> Result<(), Duration> {
         let mut wait_ns = 0;
         for (bucket, tokens) in [(&mut self.bytes, bytes), (&mut self.operations, operations)] {
             if let Some(bucket) = bucket {
@@ -124,16 +146,10 @@ impl RateLimiter {
                 wait_ns = wait_ns.max(bucket.wait_for(tokens));
             }
         }
-        if wait_ns > 0 {
-            return Err(Duration::from_nanos(wait_ns));
+        match wait_ns {
+            0 => Ok(()),
+            _ => Err(Duration::from_nanos(wait_ns)),
         }
-        if let Some(bucket) = &mut self.bytes {
-            bucket.take(bytes);
-        }
-        if let Some(bucket) = &mut self.operations {
-            bucket.take(operations);
-        }
-        Ok(())
     }
 
     fn arm(&self, wait: Duration) {
@@ -183,6 +199,19 @@ mod tests {
         RateLimiter::new_at(limit, now).unwrap().unwrap()
     }
 
+    impl RateLimiter {
+        fn consume_at(
+            &mut self,
+            now: Instant,
+            bytes: u64,
+            operations: u64,
+        ) -> Result<(), Duration> {
+            self.admits_at(now, bytes, operations)?;
+            self.charge(bytes, operations);
+            Ok(())
+        }
+    }
+
     #[test]
     fn nothing_limited_is_no_limiter() {
         assert!(RateLimiter::new(RateLimit::default()).unwrap().is_none());
@@ -210,6 +239,22 @@ mod tests {
         assert_eq!(limiter.consume_at(start + wait, 5000, 1), Ok(()));
         let debt = limiter.consume_at(start + wait, 1000, 1).unwrap_err();
         assert_eq!(debt, Duration::from_secs(5));
+    }
+
+    #[test]
+    fn what_is_charged_afterwards_is_waited_for() {
+        let start = Instant::now();
+        let mut limiter = limiter(bytes(1000, 1000), start);
+        assert_eq!(limiter.admits_at(start, 1, 1), Ok(()));
+        assert_eq!(
+            limiter.admits_at(start, 1000, 1),
+            Ok(()),
+            "nothing is taken"
+        );
+        limiter.charge(1500, 1);
+        let wait = limiter.admits_at(start, 1, 1).unwrap_err();
+        assert_eq!(wait, Duration::from_millis(501));
+        assert_eq!(limiter.admits_at(start + wait, 1, 1), Ok(()));
     }
 
     #[test]

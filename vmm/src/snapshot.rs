@@ -31,7 +31,9 @@ pub(crate) mod list;
 pub(crate) mod tests;
 
 const MAGIC: [u8; 8] = *b"SBXSNAPS";
-const FORMAT_VERSION: u32 = 1;
+const FORMAT_VERSION: u32 = 2;
+/// The oldest that is still read. Version 1 was never released.
+const OLDEST_VERSION: u32 = 2;
 /// ELF's number of x86-64.
 const EM_X86_64: u32 = 62;
 const HEADER_BYTES: usize = 40;
@@ -59,6 +61,10 @@ pub enum SnapshotError {
         "the snapshot has format version {0}, but this monitor knows only up to {FORMAT_VERSION}; upgrade SoulBox"
     )]
     Version(u32),
+    #[error(
+        "the snapshot has format version {0}, older than this monitor reads, which begins with {OLDEST_VERSION}; make it again"
+    )]
+    Outdated(u32),
     #[error("the snapshot is of architecture {0} (ELF machine number), not of x86-64")]
     Architecture(u32),
     #[error("the snapshot's {0} is damaged; restore it from where it was made")]
@@ -138,8 +144,11 @@ fn check_header(header: &[u8; HEADER_BYTES]) -> Result<u64, SnapshotError> {
     }
     // The version decides how the rest is to be read, the checksum included.
     let version = u64_at(header, 8) as u32;
-    if version == 0 || version > FORMAT_VERSION {
+    if version > FORMAT_VERSION {
         return Err(SnapshotError::Version(version));
+    }
+    if version < OLDEST_VERSION {
+        return Err(SnapshotError::Outdated(version));
     }
     if CRC.checksum(&header[..32]) != u64_at(header, 32) {
         return Err(SnapshotError::Checksum("header"));

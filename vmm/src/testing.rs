@@ -20,10 +20,15 @@ use rustix::net::{
 use soulbox_proto::vmm::v1::{self, from_monitor::Message, reply::Result as Reply, request::Op};
 use soulbox_proto::vmm::{MAX_MESSAGE_BYTES, MAX_MESSAGE_FDS};
 
+pub mod tap;
+
 /// ELF machine number of x86-64.
 pub const EM_X86_64: u16 = 62;
 /// Where a tiny guest's code lies and starts.
 pub const TINY_ENTRY: u64 = 0x10_0000;
+
+/// The address of a guest's network device.
+pub const GUEST_MAC: [u8; 6] = [0x02, 0, 0, 0, 0, 0x01];
 
 /// How long a monitor may take to answer before a test gives up on it.
 const PATIENCE: Duration = Duration::from_secs(120);
@@ -340,6 +345,16 @@ impl BootSpec {
         self.boot.console_fd = Some(self.add_fd(writer));
         Ok((self, reader))
     }
+
+    /// Gives the guest a network device without limits, on a TAP if there is
+    /// one.
+    pub fn with_net(mut self, tap: Option<OwnedFd>) -> Self {
+        let tap_fd = tap.map(|tap| self.add_fd(tap));
+        if let Some(machine) = &mut self.boot.machine {
+            machine.net = Some(net(tap_fd));
+        }
+        self
+    }
 }
 
 // === impl RestoreSpec ===
@@ -380,6 +395,21 @@ impl RestoreSpec {
         let (reader, writer) = io::pipe()?;
         self.restore.console_fd = Some(self.add_fd(writer));
         Ok((self, reader))
+    }
+
+    /// Gives the machine's network device no limits, and a TAP if there is one.
+    pub fn with_net(mut self, tap: Option<OwnedFd>) -> Self {
+        let tap_fd = tap.map(|tap| self.add_fd(tap));
+        self.restore.net = Some(net(tap_fd));
+        self
+    }
+}
+
+fn net(tap_fd: Option<u32>) -> v1::Net {
+    v1::Net {
+        mac: GUEST_MAC.to_vec(),
+        tap_fd,
+        ..Default::default()
     }
 }
 

@@ -127,6 +127,7 @@ fn restore(
         memory_mib: 128,
         block_devices: 1,
         vsock: false,
+        net: false,
     })?;
     let mut spec = RestoreSpec {
         restore: v1::Restore::default(),

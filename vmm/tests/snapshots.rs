@@ -16,6 +16,7 @@ const SHAPE: v1::MachineShape = v1::MachineShape {
     memory_mib: 128,
     block_devices: 0,
     vsock: false,
+    net: false,
 };
 
 fn monitor() -> Result<Monitor> {

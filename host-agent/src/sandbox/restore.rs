@@ -264,6 +264,7 @@ fn restore_request<'fd>(
         control_listener_fd: Some(attach(files.control_listener.as_fd())),
         pagemap_fd: launched.pagemap.as_ref().map(|fd| attach(fd.as_fd())),
         working_set_fd: layers.working_set.as_ref().map(|fd| attach(fd.as_fd())),
+        net: None,
         record_working_set: plan.records,
     };
     (restore, fds)

@@ -267,6 +267,7 @@ fn boot_request<'fd>(
                 guest_cid: GUEST_CID,
                 listener_fd: attach(files.vsock_listener.as_fd()),
             }),
+            net: None,
         }),
     };
     (boot, fds)

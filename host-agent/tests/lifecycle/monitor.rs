@@ -627,6 +627,7 @@ async fn serve_control(machine: Machine, control: Arc<ControlSocket>) {
                 reply::Result::WorkingSetRecorded(proto::WorkingSetRecorded { bytes: 11 })
             }
             request::Op::GetMetrics(_) => machine.metrics(),
+            request::Op::SetNet(_) => error(Code::WrongState, "there is no network device"),
             request::Op::Boot(_) | request::Op::Prepare(_) | request::Op::Restore(_) => {
                 error(Code::WrongState, "the machine is there")
             }

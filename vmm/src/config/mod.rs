@@ -7,8 +7,10 @@ use std::os::unix::net::UnixListener;
 use soulbox_proto::vmm::v1;
 
 use crate::devices::virtio::block::BLOCK_BYTES;
+use crate::devices::virtio::net::NetConfig;
 use crate::machine::{Shape, layout};
 
+mod net;
 mod restore;
 
 pub use restore::{PrepareRequest, RestoreDisk, RestoreRequest, SnapshotRequest, working_set_file};
@@ -20,9 +22,9 @@ pub const MEMORY_MIB: std::ops::RangeInclusive<u32> = 128..=1024 * 1024;
 /// The longest kernel command line, in bytes, without its NUL (COMMAND_LINE_SIZE
 /// of x86 is 2,048).
 pub const CMDLINE_MAX_BYTES: usize = 2047;
-/// The most disks of a machine: the other virtio devices are vsock, rng and
-/// balloon.
-pub const MAX_DISKS: usize = layout::MAX_VIRTIO_DEVICES - 3;
+/// The most disks of a machine: the other virtio devices are vsock, rng, balloon
+/// and net.
+pub const MAX_DISKS: usize = layout::MAX_VIRTIO_DEVICES - 4;
 
 /// A machine and everything it may touch.
 #[derive(Debug)]
@@ -34,6 +36,7 @@ pub struct BootRequest {
     pub attached: Attached,
     pub disks: Vec<Disk>,
     pub vsock: Option<Vsock>,
+    pub net: Option<NetConfig>,
 }
 
 /// What connects a machine to its client.
@@ -112,6 +115,7 @@ impl BootRequest {
             memory_mib: machine.memory_mib,
             block_devices: block_devices.try_into().unwrap_or(u32::MAX),
             vsock: machine.vsock.is_some(),
+            net: machine.net.is_some(),
         })?;
         check_cmdline(&machine.cmdline)?;
 
@@ -135,6 +139,10 @@ impl BootRequest {
             vsock: machine
                 .vsock
                 .map(|vsock| Vsock::from_message(vsock, &mut fds))
+                .transpose()?,
+            net: machine
+                .net
+                .map(|net| NetConfig::from_message(net, &mut fds))
                 .transpose()?,
         };
         fds.finish()?;
@@ -163,6 +171,7 @@ pub(crate) fn checked_shape(shape: &v1::MachineShape) -> Result<Shape, ConfigErr
             memory_mib: mib,
             block_devices,
             vsock: shape.vsock,
+            net: shape.net,
         }),
         _ => Err(invalid(
             "machine.block_devices",
@@ -235,7 +244,10 @@ impl Disk {
             layer: fds
                 .take_optional("machine.block_devices.layer_fd", device.layer_fd)?
                 .map(File::from),
-            rate_limit: RateLimit::from_message(device.rate_limit.unwrap_or_default())?,
+            rate_limit: RateLimit::from_message(
+                "machine.block_devices.rate_limit",
+                device.rate_limit,
+            )?,
         })
     }
 }
@@ -264,10 +276,15 @@ impl Vsock {
 // === impl RateLimit ===
 
 impl RateLimit {
-    fn from_message(limit: v1::RateLimit) -> Result<Self, ConfigError> {
+    /// An absent one does not limit.
+    fn from_message(
+        field: &'static str,
+        limit: Option<v1::RateLimit>,
+    ) -> Result<Self, ConfigError> {
+        let limit = limit.unwrap_or_default();
         let bucket = |bucket: Option<v1::TokenBucket>| match bucket {
             Some(b) if b.capacity == 0 || b.refill_time_ms == 0 => Err(invalid(
-                "machine.block_devices.rate_limit",
+                field,
                 "capacity and refill_time_ms must be above 0",
             )),
             Some(b) => Ok(Some(Bucket {
@@ -346,6 +363,7 @@ mod tests {
                     rate_limit: None,
                 }],
                 vsock: None,
+                net: None,
             }),
             kvm_fd: 0,
             kernel_fd: 2,

@@ -8,6 +8,7 @@ use soulbox_proto::vmm::v1;
 
 use super::{Attached, ConfigError, Fds, RateLimit, checked_shape, invalid};
 use crate::devices::virtio::block::{Freeze, Merge};
+use crate::devices::virtio::net::NetConfig;
 use crate::machine::{Shape, SnapshotFiles};
 use crate::memory::working_set::Ahead;
 
@@ -30,6 +31,7 @@ pub struct RestoreRequest {
     pub ahead: Ahead,
     pub disks: Vec<RestoreDisk>,
     pub vsock_listener: Option<UnixListener>,
+    pub net: Option<NetConfig>,
 }
 
 #[derive(Debug)]
@@ -86,6 +88,10 @@ impl RestoreRequest {
             vsock_listener: fds
                 .take_optional("vsock_listener_fd", restore.vsock_listener_fd)?
                 .map(UnixListener::from),
+            net: restore
+                .net
+                .map(|net| NetConfig::from_message(net, &mut fds))
+                .transpose()?,
         };
         fds.finish()?;
         Ok(request)
@@ -102,7 +108,7 @@ impl RestoreDisk {
             layer: fds
                 .take_optional("disks.layer_fd", disk.layer_fd)?
                 .map(File::from),
-            rate_limit: RateLimit::from_message(disk.rate_limit.unwrap_or_default())?,
+            rate_limit: RateLimit::from_message("disks.rate_limit", disk.rate_limit)?,
         })
     }
 }

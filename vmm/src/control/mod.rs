@@ -27,7 +27,7 @@ pub struct ControlSocket {
 /// What a client's socket held.
 #[derive(Debug)]
 pub enum Received {
-    Request(Incoming),
+    Request(Box<Incoming>),
     /// Nothing, for now.
     Nothing,
     /// The client is gone.
@@ -112,7 +112,7 @@ impl ControlSocket {
         }
         let request =
             v1::Request::decode(&bytes[..received.bytes]).map_err(ReceiveError::Decode)?;
-        Ok(Received::Request(Incoming { request, fds }))
+        Ok(Received::Request(Box::new(Incoming { request, fds })))
     }
 
     pub fn reply(&self, id: u64, result: ReplyResult) -> Result<(), SendError> {

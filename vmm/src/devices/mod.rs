@@ -99,6 +99,7 @@ pub enum Chip<'a> {
     Disk(&'a mut virtio::block::Block),
     Vsock(&'a mut virtio::vsock::Vsock),
     Balloon(&'a mut virtio::balloon::Balloon),
+    Net(&'a mut virtio::net::Net),
     Generation(&'a mut generation::GenerationDevice),
     Other,
 }

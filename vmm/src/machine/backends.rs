@@ -16,6 +16,7 @@ use crate::devices::virtio::VirtioDevice;
 use crate::devices::virtio::balloon::Balloon;
 use crate::devices::virtio::block::{Block, BlockConfig, BlockError, Ring};
 use crate::devices::virtio::mmio::VirtioMmio;
+use crate::devices::virtio::net::{Net, NetConfig};
 use crate::devices::virtio::rng::Rng;
 use crate::devices::virtio::vsock::{self, Admission, GuestConnection, NewVsockError, VsockConfig};
 use crate::events::{EventSender, MachineEvent};
@@ -27,6 +28,7 @@ pub(super) struct Backends<'a> {
     disks: std::vec::IntoIter<Disk>,
     rings: std::vec::IntoIter<Ring>,
     vsock: Option<Vsock>,
+    net: Option<NetConfig>,
     pub(super) pagemap: Option<Pagemap>,
     console: Console,
     memory: &'a GuestMemory,
@@ -47,6 +49,7 @@ impl<'a> Backends<'a> {
             disks: parts.disks.into_iter(),
             rings: rings.into_iter(),
             vsock: parts.vsock,
+            net: parts.net,
             pagemap: parts.pagemap.map(Pagemap::new),
             console,
             memory,
@@ -83,6 +86,10 @@ impl<'a> Backends<'a> {
             }
             Kind::Rng => ("rng".into(), Box::new(Rng::new())),
             Kind::Balloon => ("balloon".into(), Box::new(Balloon::new())),
+            Kind::Net => {
+                let net = self.net.take().ok_or(BuildError::Missing("the net"))?;
+                ("net".into(), Box::new(Net::new(net)?))
+            }
         };
         let transport = VirtioMmio::new(chip, self.memory.clone(), wire);
         Ok((name, shared(transport)))

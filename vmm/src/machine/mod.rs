@@ -16,6 +16,7 @@ use crate::config::{Disk, Vsock};
 use crate::console::Console;
 use crate::devices::generation::GenerationError;
 use crate::devices::virtio::block::BlockError;
+use crate::devices::virtio::net::{NetConfig, NetError};
 use crate::devices::virtio::vsock::{NewVsockError, Spare};
 use crate::devices::{Chip, Place};
 use crate::events::EventSender;
@@ -51,6 +52,7 @@ use state::{CpuProfile, MachineState, MemoryState, NamedDevice, VmState};
 pub struct Parts {
     pub disks: Vec<Disk>,
     pub vsock: Option<Vsock>,
+    pub net: Option<NetConfig>,
     pub pagemap: Option<File>,
 }
 
@@ -135,6 +137,8 @@ pub enum BuildError {
     Disk(#[from] BlockError),
     #[error(transparent)]
     Vsock(#[from] NewVsockError),
+    #[error(transparent)]
+    Net(#[from] NetError),
     #[error(transparent)]
     Generation(#[from] GenerationError),
     #[error(transparent)]
@@ -479,6 +483,7 @@ impl BuildError {
             Self::Restore(_) => Code::Snapshot,
             Self::Acpi(_)
             | Self::Vsock(_)
+            | Self::Net(_)
             | Self::Generation(_)
             | Self::Overlap(_)
             | Self::BootTables(_)

@@ -12,6 +12,7 @@ use super::{DeviceSlot, Parts, Shape};
 use crate::bus::lock;
 use crate::config::{Disk, RestoreDisk, Vsock};
 use crate::devices::virtio::ChipState;
+use crate::devices::virtio::net::NetConfig;
 use crate::devices::{DeviceState, StateError};
 use crate::memory::runs::{self, RunsError};
 use crate::memory::working_set::WorkingSet;
@@ -53,6 +54,7 @@ impl Parts {
         state: &MachineState,
         disks: Vec<RestoreDisk>,
         vsock_listener: Option<UnixListener>,
+        net: Option<NetConfig>,
         pagemap: Option<File>,
     ) -> Result<Self, RestoreError> {
         let chips = || {
@@ -104,9 +106,16 @@ impl Parts {
                 return Err(RestoreError::Shape(saved.into(), sent.into()));
             }
         };
+        let saved_net = chips().any(|chip| matches!(chip, ChipState::Net(_)));
+        if saved_net != net.is_some() {
+            let words = |net| if net { "a net" } else { "no net" };
+            let (saved, sent) = (words(saved_net), words(net.is_some()));
+            return Err(RestoreError::Shape(saved.into(), sent.into()));
+        }
         Ok(Self {
             disks: disks.collect(),
             vsock,
+            net,
             pagemap,
         })
     }
@@ -122,10 +131,14 @@ pub(super) fn check_fit(
     let saved = &state.shape;
     if *saved != shape.save() {
         let words = |shape: &state::ShapeState| {
-            let vsock = if shape.vsock { "a" } else { "no" };
+            let a_or_no = |there| if there { "a" } else { "no" };
             format!(
-                "{} vCPUs, {} MiB, {} disks and {vsock} vsock",
-                shape.vcpu_count, shape.memory_mib, shape.block_devices
+                "{} vCPUs, {} MiB, {} disks, {} vsock and {} net",
+                shape.vcpu_count,
+                shape.memory_mib,
+                shape.block_devices,
+                a_or_no(shape.vsock),
+                a_or_no(shape.net)
             )
         };
         return Err(RestoreError::Shape(words(saved), words(&shape.save())));

@@ -9,6 +9,7 @@ use crate::devices::Place;
 use crate::devices::power;
 use crate::devices::virtio::balloon::Balloon;
 use crate::devices::virtio::block::Block;
+use crate::devices::virtio::net::Net;
 use crate::devices::virtio::rng::Rng;
 use crate::devices::virtio::vsock::Vsock;
 
@@ -22,6 +23,7 @@ pub struct Shape {
     pub memory_mib: u32,
     pub block_devices: u8,
     pub vsock: bool,
+    pub net: bool,
 }
 
 /// The kind of a device.
@@ -36,6 +38,7 @@ pub enum Kind {
     Vsock,
     Rng,
     Balloon,
+    Net,
 }
 
 /// A device's entry in the list.
@@ -71,7 +74,10 @@ impl Shape {
             (0..usize::from(self.block_devices)).map(|disk| (Kind::Block(disk), Block::QUEUES));
         let vsock = self.vsock.then_some((Kind::Vsock, Vsock::QUEUES));
         let always = [(Kind::Rng, Rng::QUEUES), (Kind::Balloon, Balloon::QUEUES)];
-        for (number, (kind, queues)) in (0u32..).zip(disks.chain(vsock).chain(always)) {
+        // The last, so that the others have the places they have without it.
+        let net = self.net.then_some((Kind::Net, Net::QUEUES));
+        let virtio = disks.chain(vsock).chain(always).chain(net);
+        for (number, (kind, queues)) in (0u32..).zip(virtio) {
             let range = Range {
                 space: Space::Memory,
                 start: layout::VIRTIO_MMIO_START + u64::from(number) * layout::VIRTIO_MMIO_BYTES,
@@ -96,6 +102,7 @@ impl Shape {
             memory_mib: state.memory_mib,
             block_devices: state.block_devices,
             vsock: state.vsock,
+            net: state.net,
         })
     }
 
@@ -105,6 +112,7 @@ impl Shape {
             memory_mib: self.memory_mib,
             block_devices: self.block_devices.into(),
             vsock: self.vsock,
+            net: self.net,
         }
     }
 }

@@ -52,6 +52,7 @@ pub struct ShapeState {
     pub memory_mib: u32,
     pub block_devices: u32,
     pub vsock: bool,
+    pub net: bool,
 }
 
 /// The CPU that the guest was told of.

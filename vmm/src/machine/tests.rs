@@ -16,6 +16,7 @@ use crate::devices::virtio::ChipState;
 use crate::devices::virtio::balloon::BalloonState;
 use crate::devices::virtio::block::{BlockState, Ring};
 use crate::devices::virtio::mmio::{SavedQueue, TransportState};
+use crate::devices::virtio::net::{DEFAULT_MTU, NetState};
 use crate::devices::virtio::vsock::VsockState;
 use crate::devices::{DeviceState, StateError};
 use crate::events;
@@ -28,6 +29,7 @@ const SHAPE: Shape = Shape {
     memory_mib: 128,
     block_devices: 1,
     vsock: true,
+    net: true,
 };
 const DISK_BYTES: u64 = 1 << 20;
 const LAYERS: usize = 3;
@@ -121,6 +123,10 @@ pub(crate) fn saved() -> MachineState {
                         actual_pages: 256,
                     }),
                 ),
+            ),
+            device(
+                "net",
+                in_use(2, 256, ChipState::Net(NetState { link_up: false })),
             ),
         ],
     }
@@ -219,8 +225,18 @@ fn listener() -> Option<UnixListener> {
     Some(UnixListener::bind(folder.path().join("vsock")).unwrap())
 }
 
+fn net() -> Option<NetConfig> {
+    Some(NetConfig {
+        mac: [2, 0, 0, 0, 0, 1],
+        tap: None,
+        mtu: DEFAULT_MTU,
+        rx: RateLimit::default(),
+        tx: RateLimit::default(),
+    })
+}
+
 fn parts(state: &MachineState) -> Result<Parts, RestoreError> {
-    Parts::of_snapshot(state, vec![disk()], listener(), None)
+    Parts::of_snapshot(state, vec![disk()], listener(), net(), None)
 }
 
 /// All that a restore does with a state but KVM's part, as in [`Machine::new`].
@@ -310,11 +326,12 @@ fn a_saved_state_is_restored() {
 
 #[test]
 fn a_machine_of_another_shape_is_refused() {
-    let shapes: [fn(&mut ShapeState); 4] = [
+    let shapes: [fn(&mut ShapeState); 5] = [
         |shape| shape.vcpu_count = 1,
         |shape| shape.memory_mib = 256,
         |shape| shape.block_devices = 2,
         |shape| shape.vsock = false,
+        |shape| shape.net = false,
     ];
     for change in shapes {
         let error = refusal(|state| change(&mut state.shape));
@@ -325,13 +342,14 @@ fn a_machine_of_another_shape_is_refused() {
         error.to_string().contains("the state of 1 vCPUs"),
         "{error}"
     );
-    let error = refusal(|state| drop(state.devices.pop()));
-    assert!(error.to_string().contains("7 devices"), "{error}");
+    let error = refusal(|state| drop(state.devices.remove(0)));
+    assert!(error.to_string().contains("8 devices"), "{error}");
     for (vcpu_count, memory_mib, block_devices) in [
         (0, 128, 0),
         (33, 128, 0),
         (1, 127, 0),
         (1, u32::MAX, 0),
+        (1, 128, 15),
         (1, 128, u32::MAX),
     ] {
         let shape = ShapeState {
@@ -339,6 +357,7 @@ fn a_machine_of_another_shape_is_refused() {
             memory_mib,
             block_devices,
             vsock: false,
+            net: false,
         };
         assert!(Shape::from_state(&shape).is_err(), "{shape:?}");
     }
@@ -351,16 +370,19 @@ fn what_was_sent_must_be_what_the_snapshot_has() {
         Err(RestoreError::Shape(saved, sent)) => (saved, sent),
         other => panic!("{other:?}"),
     };
-    let of = |disks, listener| Parts::of_snapshot(&state, disks, listener, None);
+    let of = |disks, listener| Parts::of_snapshot(&state, disks, listener, net(), None);
     let (saved, sent) = shape(of(Vec::new(), listener()));
     assert_eq!((saved.as_str(), sent.as_str()), ("1 disks", "0 disks"));
     let (saved, sent) = shape(of(vec![disk()], None));
     assert_eq!((saved.as_str(), sent.as_str()), ("a vsock", "no vsock"));
     let mut no_vsock = state.clone();
     no_vsock.devices.retain(|device| device.name != "vsock");
-    let parts = Parts::of_snapshot(&no_vsock, vec![disk()], listener(), None);
+    let parts = Parts::of_snapshot(&no_vsock, vec![disk()], listener(), net(), None);
     let (saved, sent) = shape(parts);
     assert_eq!((saved.as_str(), sent.as_str()), ("no vsock", "a vsock"));
+    let parts = Parts::of_snapshot(&state, vec![disk()], listener(), None, None);
+    let (saved, sent) = shape(parts);
+    assert_eq!((saved.as_str(), sent.as_str()), ("a net", "no net"));
     // What is in the state and not in the request.
     let parts = of(vec![disk()], listener()).unwrap();
     assert_eq!(parts.disks[0].id, "root");

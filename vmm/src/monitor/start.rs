@@ -33,7 +33,7 @@ pub(super) fn wait_for_start(
     shell: &mut Option<Frame>,
 ) -> Result<Option<(u64, Start)>, MonitorError> {
     loop {
-        let Incoming { request, fds } = match control.receive(Wait::Yes) {
+        let Incoming { request, fds } = *match control.receive(Wait::Yes) {
             Ok(Received::Request(incoming)) => incoming,
             Ok(Received::Nothing) => continue,
             Ok(Received::End) => return Ok(None),
@@ -99,7 +99,8 @@ pub(super) fn wait_for_start(
                 | Op::Resume(_)
                 | Op::RecordWorkingSet(_)
                 | Op::OpenSpares(_)
-                | Op::SetBalloon(_),
+                | Op::SetBalloon(_)
+                | Op::SetNet(_),
             ) => control.refuse(
                 id,
                 Code::WrongState,
@@ -130,6 +131,7 @@ pub(super) fn build_booted(
     let parts = Parts {
         disks: boot.disks,
         vsock: boot.vsock,
+        net: boot.net,
         pagemap: boot.attached.pagemap,
     };
     let mut kernel = boot.kernel;
@@ -170,6 +172,7 @@ pub(super) fn build_restored(
         &state,
         restore.disks,
         restore.vsock_listener,
+        restore.net,
         restore.attached.pagemap,
     )
     .map_err(BuildError::from)?;

@@ -17,6 +17,7 @@ use crate::memory::GuestMemory;
 pub mod balloon;
 pub mod block;
 pub mod mmio;
+pub mod net;
 pub mod rng;
 #[cfg(test)]
 pub(crate) mod testing;
@@ -103,6 +104,7 @@ pub enum ChipState {
     Vsock(vsock::VsockState),
     Rng,
     Balloon(balloon::BalloonState),
+    Net(net::NetState),
 }
 
 /// What a device gets when its driver is ready.
