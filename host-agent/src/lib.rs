@@ -16,6 +16,7 @@ mod descriptors;
 pub mod guest;
 pub mod host;
 pub mod id;
+pub mod ingress;
 pub mod kvm;
 pub mod monitor;
 pub mod record;
