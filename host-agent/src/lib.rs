@@ -19,6 +19,7 @@ pub mod id;
 pub mod ingress;
 pub mod kvm;
 pub mod monitor;
+pub mod net;
 pub mod record;
 pub mod sandbox;
 pub mod service;
