@@ -1,10 +1,12 @@
 //! Ways from the host into a sandbox's ports.
 //!
 //! `forward` gives a guest's port a port of the host, `proxy` a host name. Both
-//! reach the guest through [`Dial`], which knows whether a sandbox has a network.
+//! reach the guest through [`Dial`], which knows whether a sandbox has a network;
+//! where it has none, `guest_stream` goes through the guest's agent.
 
 pub mod config;
 mod forward;
+mod guest_stream;
 mod proxy;
 
 use std::io;
@@ -13,6 +15,7 @@ use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncWrite};
 
 pub use forward::{Forward, ForwardError, Forwards};
+pub use guest_stream::{GuestStream, OpenError};
 pub use proxy::{HostError, Proxy, Target};
 
 use crate::id::SandboxId;
