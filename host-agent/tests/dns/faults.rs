@@ -2,7 +2,7 @@ use super::*;
 
 fn quick() -> Limits {
     Limits {
-        attempt: Duration::from_millis(200),
+        attempt: Duration::from_millis(500),
         ..Limits::default()
     }
 }

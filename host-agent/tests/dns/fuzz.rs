@@ -14,7 +14,6 @@ fn unlimited() -> Limits {
     Limits {
         queries_per_second: 1_000_000,
         burst: 1_000_000,
-        attempt: Duration::from_millis(20),
         ..Limits::default()
     }
 }

@@ -80,9 +80,7 @@ impl Upstream {
     /// `reply` gets a question and whether it came by datagram, and gives the
     /// messages to answer it with.
     async fn start(reply: impl Fn(&Message, bool) -> Vec<Vec<u8>> + Send + Sync + 'static) -> Self {
-        let udp = UdpSocket::bind("127.0.0.1:0").await.unwrap();
-        let address = udp.local_addr().unwrap();
-        let tcp = TcpListener::bind(address).await.unwrap();
+        let (udp, tcp, address) = sockets().await;
         let asked = Arc::new(Mutex::new(Vec::new()));
         let reply = Arc::new({
             let asked = Arc::clone(&asked);
@@ -148,9 +146,7 @@ impl Guest {
     }
 
     async fn with(policy: Policy, limits: Limits, slot: Arc<Slot>) -> Self {
-        let udp = UdpSocket::bind("127.0.0.1:0").await.unwrap();
-        let address = udp.local_addr().unwrap();
-        let tcp = TcpListener::bind(address).await.unwrap();
+        let (udp, tcp, address) = sockets().await;
         let (policy, watched) = watch::channel(Arc::new(policy));
         let opener: Arc<dyn Opener> = Arc::clone(&slot) as _;
         let resolver = Resolver::new(watched, opener, limits);
@@ -190,6 +186,18 @@ impl Guest {
 
     fn opened(&self) -> Vec<Opened> {
         self.slot.opened.lock().unwrap().clone()
+    }
+}
+
+/// Both on one port: the one that the kernel chooses for datagrams may be in use for
+/// streams.
+async fn sockets() -> (UdpSocket, TcpListener, SocketAddr) {
+    loop {
+        let udp = UdpSocket::bind("127.0.0.1:0").await.unwrap();
+        let address = udp.local_addr().unwrap();
+        if let Ok(tcp) = TcpListener::bind(address).await {
+            return (udp, tcp, address);
+        }
     }
 }
 
