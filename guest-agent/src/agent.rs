@@ -17,6 +17,7 @@ use tokio_vsock::{VMADDR_CID_ANY, VsockAddr, VsockListener};
 
 use crate::exec::{Cgroups, Processes};
 use crate::options::Options;
+use crate::ports::Ports;
 use crate::reaper::Reaper;
 use crate::server::Services;
 use crate::system::{System, boot_time_us, power_off, stop_programs};
@@ -65,7 +66,8 @@ async fn serve(options: &Options, started_us: u64) -> anyhow::Result<()> {
     let (stop, stopped) = watch::channel(false);
     let processes = Processes::new(reaper, cgroups(options), stopped.clone());
     let system = System::new(processes.clone(), stop.clone(), options.is_init);
-    let services = Services::new(processes.clone(), system);
+    let ports = Ports::new(stopped.clone());
+    let services = Services::new(processes.clone(), system, ports);
 
     let stopping = async {
         wait_for_stop(&stop, options.is_init).await?;

@@ -15,6 +15,7 @@ mod agent;
 mod exec;
 mod init;
 pub mod options;
+mod ports;
 mod ready;
 mod reaper;
 mod server;

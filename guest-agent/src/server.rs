@@ -4,6 +4,7 @@ use std::convert::Infallible;
 use std::task::{Context, Poll};
 
 use soulbox_proto::guest::MAX_REQUEST_BYTES;
+use soulbox_proto::guest::v1::port_service_server::{PortServiceServer, SERVICE_NAME as PORT};
 use soulbox_proto::guest::v1::process_service_server::{
     ProcessServiceServer, SERVICE_NAME as PROCESS,
 };
@@ -18,6 +19,7 @@ use tonic::codegen::{BoxFuture, Service};
 use tonic::transport::server::{Connected, Server};
 
 use crate::exec::Processes;
+use crate::ports::Ports;
 use crate::system::System;
 
 /// What a call may send before it is read. The window of its connection is the
@@ -25,22 +27,24 @@ use crate::system::System;
 const STREAM_WINDOW_BYTES: u32 = 256 * 1024;
 const CONNECTION_WINDOW_BYTES: u32 = (1 << 31) - 1;
 
-/// Every service of the agent. Routes by name itself: a router for two names
+/// Every service of the agent. Routes by name itself: a router for three names
 /// would bring a web framework into every snapshot.
 #[derive(Clone)]
 pub(crate) struct Services {
     process: ProcessServiceServer<Processes>,
     system: SystemServiceServer<System>,
+    ports: PortServiceServer<Ports>,
 }
 
 // === impl Services ===
 
 impl Services {
-    pub(crate) fn new(processes: Processes, system: System) -> Self {
+    pub(crate) fn new(processes: Processes, system: System, ports: Ports) -> Self {
         let process = ProcessServiceServer::new(processes);
         Self {
             process: process.max_decoding_message_size(MAX_REQUEST_BYTES),
             system: SystemServiceServer::new(system),
+            ports: PortServiceServer::new(ports),
         }
     }
 
@@ -80,6 +84,7 @@ impl Service<http::Request<Body>> for Services {
         match request.uri().path().split('/').nth(1) {
             Some(PROCESS) => self.process.call(request),
             Some(SYSTEM) => self.system.call(request),
+            Some(PORT) => self.ports.call(request),
             _ => Box::pin(async {
                 let status =
                     Status::unimplemented("this agent has no such service: use one of its age");
@@ -122,12 +127,12 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn a_spare_connection_waits_for_ever() {
         let (stop, stopped) = watch::channel(false);
-        let processes = Processes::new(Reaper::default(), None, stopped);
+        let processes = Processes::new(Reaper::default(), None, stopped.clone());
         let system = System::new(processes.clone(), stop, false);
         let (mut spare, accepted) = UnixStream::pair().unwrap();
         let connections =
             tokio_stream::once(Ok::<_, std::io::Error>(accepted)).chain(tokio_stream::pending());
-        let services = Services::new(processes, system);
+        let services = Services::new(processes, system, Ports::new(stopped));
         tokio::spawn(services.serve(connections, std::future::pending()));
 
         // Sent before anything is asked: the restored host's end must get it.

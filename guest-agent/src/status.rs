@@ -9,6 +9,7 @@ use tonic::{Code, Status};
 use tonic_types::{ErrorDetails, StatusExt as _};
 
 use crate::exec::StartError;
+use crate::ports::ConnectError;
 use crate::spec::Violations;
 use crate::sys::spawn::{SpawnError, Stage};
 
@@ -58,6 +59,20 @@ impl From<StartError> for Status {
                 cwd,
                 user,
             } => spawn_status(error, &name, &cwd, &excerpt(user.as_bytes())),
+        }
+    }
+}
+
+impl From<ConnectError> for Status {
+    fn from(error: ConnectError) -> Self {
+        let message = error.to_string();
+        match error {
+            ConnectError::Closed(_) => refused(Code::FailedPrecondition, "PORT_CLOSED", message),
+            ConnectError::NoRoom(_) => {
+                refused(Code::ResourceExhausted, "OUT_OF_RESOURCES", message)
+            }
+            ConnectError::Reset => refused(Code::Aborted, "CONNECTION_RESET", message),
+            ConnectError::Stopping => refused(Code::Unavailable, "STOPPING", message),
         }
     }
 }

@@ -19,6 +19,7 @@ use tokio_stream::Stream;
 use tonic::transport::Channel;
 use tonic::{Code, Status, Streaming};
 
+use crate::ingress::{GuestStream, OpenError};
 use connect::Dialler;
 pub use hello::{HelloError, read_hello};
 
@@ -109,6 +110,11 @@ impl Guest {
     ) -> Result<Streaming<ExecResponse>, Status> {
         let mut client = ProcessServiceClient::new(self.dialler.channel());
         Ok(client.exec(input).await?.into_inner())
+    }
+
+    /// Connects to a port inside the guest, which needs no network for that.
+    pub async fn connect(&self, port: u16) -> Result<GuestStream, OpenError> {
+        GuestStream::open(self.dialler.channel(), port).await
     }
 
     /// Runs `/bin/true`: the proof that programs run. It reads and says nothing,

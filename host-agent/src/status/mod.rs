@@ -1,6 +1,7 @@
 //! Errors as callers see them: gRPC statuses with `google.rpc` details. Every
 //! status that this daemon makes is made here.
 
+mod edge;
 mod reasons;
 
 use std::collections::{BTreeMap, HashMap};
