@@ -5,7 +5,7 @@
 //! speaks gRPC, `sandbox` owns every sandbox's life, `monitor` drives one
 //! `soulbox-vmm` process, `guest` reaches the agent inside.
 
-// The one exception is `descriptors`, which says why.
+// The exceptions are `descriptors` and `net::netns`, which say why.
 #![deny(unsafe_code)]
 
 pub mod admission;
@@ -18,6 +18,7 @@ pub mod host;
 pub mod id;
 pub mod kvm;
 pub mod monitor;
+pub mod net;
 pub mod record;
 pub mod sandbox;
 pub mod service;
