@@ -13,6 +13,8 @@ use rustix::mount::{MountPropagationFlags, UnmountFlags};
 use rustix::thread::{LinkNameSpaceType, UnshareFlags};
 use tokio::sync::oneshot;
 
+use super::slot::step;
+
 /// Where `ip netns` looks.
 pub(super) const FOLDER: &str = "/run/netns";
 const OWN: &str = "/proc/thread-self/ns/net";
@@ -39,10 +41,12 @@ impl Namespace {
         on_thread(move || {
             // The name comes first: whatever happens after, the next daemon finds it.
             File::options().write(true).create_new(true).open(&path)?;
+            step("named");
             // SAFETY: `unshare` is unsafe for CLONE_FILES, with which two threads could
             // disagree about who owns a descriptor; a network namespace has none.
             // The thread is this function's own and ends with it.
             unsafe { rustix::thread::unshare_unsafe(UnshareFlags::NEWNET)? };
+            step("unshared");
             rustix::mount::mount_bind(OWN, &path)?;
             Self::own()
         })

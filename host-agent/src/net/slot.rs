@@ -141,7 +141,7 @@ impl Maker {
         let made = self
             .guard(index, mac, namespace, &Policy::default())
             .await?;
-        step("rules");
+        step("ready");
         Ok((made, tap))
     }
 
@@ -253,6 +253,7 @@ impl Maker {
                 slot: index,
                 source,
             })?;
+        step("rules");
         self.listen(index, mac, namespace).await
     }
 
