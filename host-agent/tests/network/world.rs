@@ -80,9 +80,10 @@ fn enter() {
         "
     .to_owned();
     for address in INTERNET.iter().chain(&OTHER).chain(&PRIVATE) {
-        setup += &format!("ip -n internet addr add {address} dev lo nodad\n");
+        let flag = if address.contains(':') { "nodad" } else { "" };
+        setup += &format!("ip -n internet addr add {address} dev lo {flag}\n");
     }
-    sh(&setup.replace("dev lo nodad", "dev lo"));
+    sh(&setup);
 }
 
 fn internet() -> Arc<Servers> {
@@ -137,11 +138,12 @@ pub fn at(address: &str, port: u16) -> SocketAddr {
 
 /// All that the host has of slots, each thing a line.
 pub fn state() -> String {
-    sh(
-        "ls /run/netns; ip -o link | cut -d: -f2; ip route show table all | grep -v ' wan\\| lo'; \
-        ip -6 route show table all | grep -v ' wan\\| lo'; ip neigh | grep -v wan; nft list ruleset; \
-        true",
-    )
+    sh("ls /run/netns
+        ip -o link | cut -d: -f2
+        ip route show table all | sed '/ wan/d; / lo/d'
+        ip -6 route show table all | sed '/ wan/d; / lo/d'
+        ip neigh | sed '/ wan/d'
+        nft list ruleset")
 }
 
 // === impl Servers ===
