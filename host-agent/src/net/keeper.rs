@@ -1,6 +1,5 @@
 //! Keeping slots ready.
 
-use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -8,7 +7,7 @@ use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
 
 use super::pool::Network;
-use super::slot::{Made, SlotError};
+use super::slot::SlotError;
 use crate::sync::lock;
 
 /// How often slots are counted though nothing has happened.
@@ -52,13 +51,12 @@ impl Network {
                     break;
                 };
                 let network = Arc::clone(self);
-                making.spawn(async move { network.make(index).await });
+                making.spawn(async move { network.add(index).await });
             }
             match making.join_next().await {
                 None => return result,
-                Some(Ok(Ok(made))) => lock(&self.pool).ready.push_back(made),
+                Some(Ok(Ok(())) | Err(_)) => {}
                 Some(Ok(Err(error))) => result = Err(error),
-                Some(Err(_)) => {}
             }
         }
     }
@@ -70,13 +68,22 @@ impl Network {
         is_lacking.then(|| pool.free.pop_front()).flatten()
     }
 
-    /// Makes a slot; its number is free again when that fails.
-    pub(super) async fn make(&self, index: u32) -> Result<(Made, OwnedFd), SlotError> {
+    /// Makes a slot, to wait with the others; its number is free again when that fails.
+    pub(super) async fn add(&self, index: u32) -> Result<(), SlotError> {
         let made = self.maker.make(index).await;
-        if made.is_err() {
-            lock(&self.pool).free.push_back(index);
-        }
-        made
+        let mut pool = lock(&self.pool);
+        let added = match made {
+            Ok(made) => {
+                pool.ready.push_back(made);
+                Ok(())
+            }
+            Err(error) => {
+                pool.free.push_back(index);
+                Err(error)
+            }
+        };
+        self.arrived.notify_waiters();
+        added
     }
 
     /// Removes a slot that is in no list, and frees its number.
@@ -88,6 +95,7 @@ impl Network {
             Err(_) => pool.stuck.push(index),
         }
         self.changed.notify_one();
+        self.arrived.notify_waiters();
         unmade
     }
 

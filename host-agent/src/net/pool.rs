@@ -27,6 +27,8 @@ use crate::sync::lock;
 
 /// Denied attempts that wait to be taken, of all sandboxes together.
 const EVENTS: usize = 1024;
+/// How long a sandbox waits for a slot that is being made.
+const WAIT: Duration = Duration::from_secs(5);
 
 /// All slots of this host. One daemon has it at a time.
 pub struct Network {
@@ -36,6 +38,8 @@ pub struct Network {
     pub(super) pool: Mutex<Pool>,
     /// Something was taken or given back.
     pub(super) changed: Notify,
+    /// A slot is ready, or a number is free.
+    pub(super) arrived: Notify,
     pub(super) leaving: CancellationToken,
     /// What must be finished though nobody waits for it any more.
     pub(super) tasks: TaskTracker,
@@ -92,6 +96,16 @@ pub struct Started {
 pub struct Lost {
     pub index: u32,
     pub error: SlotError,
+}
+
+/// What a look into the pool gives.
+enum Taken {
+    Slot(Slot),
+    /// Of a slot that may be made.
+    Number(u32),
+    /// All are taken, being made, or being removed.
+    Later,
+    Never(NoSlot),
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -159,6 +173,7 @@ impl Network {
             slots_max: config.slots_max,
             pool: Mutex::new(pool),
             changed: Notify::new(),
+            arrived: Notify::new(),
             leaving: CancellationToken::new(),
             tasks: TaskTracker::new(),
             _lock: held,
@@ -182,21 +197,46 @@ impl Network {
         }
     }
 
-    /// A slot that waits, else one made for this caller.
+    /// A slot that waits, else one made for this caller, else the first that comes
+    /// back or is made just now.
     pub async fn take_or_make(self: &Arc<Self>) -> Result<Slot, NoSlot> {
-        let index = {
-            let mut pool = lock(&self.pool);
-            self.changed.notify_one();
-            if let Some((made, tap)) = pool.ready.pop_front() {
-                return Ok(self.lease(&mut pool, made, tap));
+        let waited = tokio::time::timeout(WAIT, async {
+            loop {
+                // Before looking, so that none arrives unnoticed in between.
+                let arrived = self.arrived.notified();
+                match self.try_take() {
+                    Taken::Slot(slot) => return Ok(slot),
+                    Taken::Number(index) => self.make_one(index).await?,
+                    Taken::Later => arrived.await,
+                    Taken::Never(error) => return Err(error),
+                }
             }
-            pool.free.pop_front().ok_or_else(|| self.none(&pool))?
-        };
+        });
+        waited.await.unwrap_or(Err(NoSlot::NotReady))
+    }
+
+    fn try_take(&self) -> Taken {
+        let mut pool = lock(&self.pool);
+        self.changed.notify_one();
+        if let Some((made, tap)) = pool.ready.pop_front() {
+            return Taken::Slot(self.lease(&mut pool, made, tap));
+        }
+        if let Some(index) = pool.free.pop_front() {
+            return Taken::Number(index);
+        }
+        match self.none(&pool) {
+            NoSlot::NotReady => Taken::Later,
+            error => Taken::Never(error),
+        }
+    }
+
+    /// Makes a slot, which then waits with the others: should this caller give up on
+    /// the way, another has it.
+    async fn make_one(self: &Arc<Self>, index: u32) -> Result<(), NoSlot> {
         let network = Arc::clone(self);
-        let made = self.tasks.spawn(async move { network.make(index).await });
-        match made.await {
-            Ok(Ok((made, tap))) => Ok(self.lease(&mut lock(&self.pool), made, tap)),
-            Ok(Err(error)) => Err(NoSlot::Make(error)),
+        let making = self.tasks.spawn(async move { network.add(index).await });
+        match making.await {
+            Ok(added) => added.map_err(NoSlot::Make),
             Err(_) => Err(NoSlot::NotReady),
         }
     }

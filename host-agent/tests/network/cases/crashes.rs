@@ -23,10 +23,11 @@ const REMOVING: [&str; 2] = ["unlinked", "unnamed"];
 pub async fn a_daemon_killed_at_any_step_leaves_nothing(_: World) {
     let before = state();
     for step in MAKING {
-        // The first slot is made before the daemon serves, the second beside that.
+        // The first slot is made before the daemon serves; taking two needs a second.
         for time in 1..=2 {
             let daemon = Daemon::start(&format!("{step}:{time}"), &[]);
             if time == 2 {
+                daemon.tell("take");
                 daemon.tell("take");
             }
             assert!(daemon.was_killed(), "{step} is never come to");

@@ -36,7 +36,7 @@ pub async fn what_is_wrong_with_the_host_is_said(_: World) {
     sh("ip addr add 10.213.255.1/32 dev lo");
     let error = refused(&config()).await;
     assert!(matches!(error, StartError::Overlap { .. }), "{error}");
-    sh("ip addr del 10.213.255.1/32 dev lo; ip link add sbridge type dummy");
+    sh("ip addr del 10.213.255.1/32 dev lo; ip link add sbridge type veth");
     let error = refused(&config()).await;
     assert!(error.to_string().contains("sbridge"), "{error}");
     sh("ip link del sbridge");
