@@ -5,17 +5,12 @@ use std::io;
 use std::net::IpAddr;
 use std::os::linux::net::SocketAddrExt as _;
 use std::os::unix::net::{SocketAddr, UnixListener};
-use std::time::Duration;
 
 use ipnet::IpNet;
 
 use super::nft::NftError;
 use super::slot::{Maker, SlotError, link_index};
 use super::{LINKS, netns, rules};
-
-/// How long the kernel may take to clear away namespaces by itself.
-const CLEARING: Duration = Duration::from_secs(10);
-const LOOK: Duration = Duration::from_millis(20);
 
 #[derive(Debug, thiserror::Error)]
 pub enum StartError {
@@ -56,6 +51,10 @@ pub enum StartError {
         value: &'static str,
         source: io::Error,
     },
+    #[error(
+        "a thread cannot be started in the host's network namespace; see the limits on processes"
+    )]
+    Enter { source: io::Error },
     #[error("the host's firewall cannot be set up: {source}")]
     Rules { source: NftError },
     #[error("what an earlier soulboxd has left cannot be removed: {source}")]
@@ -112,42 +111,28 @@ pub(super) async fn check(maker: &Maker) -> Result<(), StartError> {
 
 /// Removes every slot but those of `live`, whoever has left it and in whatever state.
 pub(super) async fn remove_strays(maker: &Maker, live: &HashSet<u32>) -> Result<usize, StartError> {
-    netns::prepare_folder().map_err(|source| StartError::Folder {
+    let folder = |source| StartError::Folder {
         folder: netns::FOLDER,
         source,
-    })?;
-    let netlink = |source| StartError::Netlink { source };
-    let strays = || async {
-        let links = maker.links.all().await.map_err(netlink)?;
-        let numbers = links.iter().filter_map(|link| link_index(&link.name));
-        Ok(numbers
-            .filter(|index| !live.contains(index))
-            .collect::<HashSet<u32>>())
     };
-    let mut removed: HashSet<u32> = strays().await?;
-    for entry in std::fs::read_dir(netns::FOLDER).map_err(netlink)?.flatten() {
+    netns::prepare_folder().map_err(folder)?;
+    let netlink = |source| StartError::Netlink { source };
+    let links = maker.links.all().await.map_err(netlink)?;
+    let numbers = links.iter().filter_map(|link| link_index(&link.name));
+    let mut removed: HashSet<u32> = numbers.filter(|index| !live.contains(index)).collect();
+    // All names first, so that the kernel clears the namespaces away together.
+    for entry in std::fs::read_dir(netns::FOLDER).map_err(folder)?.flatten() {
         let name = entry.file_name();
         let index = name.to_str().and_then(|name| maker.namespace_index(name));
         let Some(index) = index.filter(|index| !live.contains(index)) else {
             continue;
         };
-        let path = maker.path(index);
-        netns::unname(&path).map_err(|source| StartError::Strays {
-            source: SlotError::Namespace { path, source },
-        })?;
+        let unnamed = maker.unname(index);
+        unnamed.map_err(|source| StartError::Strays { source })?;
         removed.insert(index);
     }
-    // The kernel takes the links of many dead namespaces at once, in the time that
-    // one takes when it is deleted by name.
-    let _ = tokio::time::timeout(CLEARING, async {
-        while strays().await.is_ok_and(|left| !left.is_empty()) {
-            tokio::time::sleep(LOOK).await;
-        }
-    })
-    .await;
-    // Somebody still holds the namespaces of those.
-    for index in strays().await? {
-        let unmade = maker.unmake(index).await;
+    for index in &removed {
+        let unmade = maker.unmake(*index).await;
         unmade.map_err(|source| StartError::Strays { source })?;
     }
     Ok(removed.len())
@@ -196,7 +181,7 @@ fn turn_on(setting: &str, value: &'static str) -> Result<(), StartError> {
 pub(super) async fn install_rules(maker: &Maker) -> Result<(), StartError> {
     let text = rules::host(maker.ranges);
     let set = maker.set_host_rules(text).await;
-    set.map_err(|source| StartError::Lock { source })?
+    set.map_err(|source| StartError::Enter { source })?
         .map_err(|source| StartError::Rules { source })
 }
 

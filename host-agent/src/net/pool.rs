@@ -353,9 +353,13 @@ impl Network {
             let mut pool = lock(&self.pool);
             (std::mem::take(&mut pool.ready), !pool.leased.is_empty())
         };
-        for (made, tap) in ready {
-            let index = made.index;
-            drop((made, tap));
+        let indices: Vec<u32> = ready.iter().map(|(made, _)| made.index).collect();
+        drop(ready);
+        // All of them first, so that the kernel clears them away together.
+        for index in &indices {
+            let _ = self.maker.unname(*index);
+        }
+        for index in indices {
             if let Err(error) = self.maker.unmake(index).await {
                 tracing::warn!(index, %error, "a network slot stays until the next start");
             }

@@ -107,7 +107,7 @@ table inet {TABLE} {{
 		iifname "{TAP}" counter name sent
 		ct state invalid counter name invalid drop
 		ct status dnat goto pass
-		ct state related goto pass
+		iifname "{UPLINK}" ct state related goto pass
 		iifname "{TAP}" ct direction original goto egress
 		iifname "{UPLINK}" ct direction reply goto replies
 		counter name inbound drop
@@ -326,8 +326,8 @@ fn direction(
 /// One match for all rules with the same protocol and ports, so that a long list
 /// of ranges costs a packet one look-up.
 fn grouped(rules: &[Rule], address: &str, port: &str) -> Vec<String> {
-    let mut groups: BTreeMap<(Protocol, Vec<Ports>), (Vec<Ipv4Net>, Vec<Ipv6Net>)> =
-        BTreeMap::new();
+    type Nets = (Vec<Ipv4Net>, Vec<Ipv6Net>);
+    let mut groups: BTreeMap<(Protocol, Vec<Ports>), Nets> = BTreeMap::new();
     for rule in rules {
         let group = groups
             .entry((rule.protocol, merged(&rule.ports)))
@@ -434,6 +434,23 @@ mod tests {
                 "ip daddr { 10.0.0.0/8 } meta l4proto tcp th dport { 80-101, 443 }",
             ]
         );
+    }
+
+    #[test]
+    fn the_documentation_shows_these_rules() {
+        let documented = include_str!("../../../docs/networking.md");
+        let ranges = Ranges::new(&crate::config::Network::default());
+        let rules = SlotRules {
+            mac: "02:00:00:00:00:01".parse().unwrap(),
+            ends: ranges.ends(0),
+            connections_max: 8192,
+        };
+        for text in [host(ranges), slot(&rules, &Policy::default(), ranges)] {
+            assert!(
+                documented.contains(&text),
+                "docs/networking.md has other rules than:\n{text}"
+            );
+        }
     }
 
     #[test]

@@ -9,6 +9,7 @@ use std::io;
 use std::net::{Ipv4Addr, Ipv6Addr};
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
@@ -23,6 +24,10 @@ use super::ranges::{Ends, Ranges};
 use super::rules::{self, SlotRules};
 use super::{GATEWAY4, GATEWAY6, GUEST4, GUEST4_NET, GUEST6, GUEST6_NET, LINKS, MTU, TAP, UPLINK};
 use crate::config::Network as Config;
+
+/// How long the kernel may take to clear away a namespace that nobody has.
+const CLEARING: Duration = Duration::from_millis(500);
+const LOOK: Duration = Duration::from_millis(5);
 
 #[derive(Debug, thiserror::Error)]
 pub enum SlotError {
@@ -195,23 +200,39 @@ impl Maker {
         self.guard(index, mac, namespace, policy).await
     }
 
-    /// Removes all of a slot that there is: its host's end first, which takes the
-    /// way out from a guest that still has its TAP.
+    /// Removes all of a slot that there is, whatever it is.
+    ///
+    /// Without a name and without a descriptor into it a namespace is cleared away
+    /// by the kernel, which takes all that have gone meanwhile at once: deleting
+    /// links by name waits for RCU once for each.
     pub(super) async fn unmake(&self, index: u32) -> Result<(), SlotError> {
-        let gone = async {
-            if let Some(link) = self.links.find(&link_name(index)).await? {
-                self.links.delete(link).await?;
-            }
-            Ok(())
-        };
-        gone.await.map_err(|source| SlotError::Links {
+        self.unname(index)?;
+        step("unnamed");
+        let gone = self.wait_for_link_to_go(index).await;
+        gone.map_err(|source| SlotError::Links {
             slot: index,
             source,
         })?;
         step("unlinked");
+        Ok(())
+    }
+
+    /// The first half of [`Maker::unmake`].
+    pub(super) fn unname(&self, index: u32) -> Result<(), SlotError> {
         let path = self.path(index);
-        netns::unname(&path).map_err(|source| SlotError::Namespace { path, source })?;
-        step("unnamed");
+        netns::unname(&path).map_err(|source| SlotError::Namespace { path, source })
+    }
+
+    async fn wait_for_link_to_go(&self, index: u32) -> io::Result<()> {
+        let name = link_name(index);
+        let began = Instant::now();
+        while let Some(link) = self.links.find(&name).await? {
+            if began.elapsed() > CLEARING {
+                // Somebody still has the TAP. Without the link it leads nowhere.
+                return self.links.delete(link).await;
+            }
+            tokio::time::sleep(LOOK).await;
+        }
         Ok(())
     }
 

@@ -96,7 +96,7 @@ pub async fn what_was_removed_from_a_live_slot_comes_back(_: World) {
         "nft flush ruleset".to_owned(),
     ] {
         sh(&damage);
-        let daemon = Daemon::start("never", &[record.clone()]);
+        let daemon = Daemon::start("never", std::slice::from_ref(&record));
         let (other, _tap) = daemon.take();
         assert_ne!(other.index, record.index);
         assert!(

@@ -1,6 +1,7 @@
 //! What a guest reaches, and what reaches it.
 
 use std::io::ErrorKind;
+use std::net::UdpSocket;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
@@ -156,25 +157,23 @@ pub async fn what_is_no_longer_allowed_stops_at_once(_: World) {
     let sandbox = Sandbox::start().await;
     let (mut kept, _) = sandbox.guest.connect(at(INTERNET[0], 80)).unwrap();
     let (mut cut, _) = sandbox.guest.connect(at(OTHER[0], 80)).unwrap();
-    let stream = sandbox.guest.udp(at(OTHER[1], 80));
-    stream.send(b"subscribe").unwrap();
-    stream.recv(&mut [0; 16]).unwrap();
+    let feed = inside("internet", || UdpSocket::bind(at(OTHER[1], 90)).unwrap());
+    let subscriber = sandbox.guest.udp(at(OTHER[1], 90));
+    subscriber.send(b"subscribe").unwrap();
+    let (_, from) = feed.recv_from(&mut [0; 16]).unwrap();
     let policy = Policy {
         deny: vec![rule(OTHER[0]), rule(OTHER[1])],
         ..Policy::default()
     };
     sandbox.apply(&policy).await;
     assert!(!echoes(&mut cut) && echoes(&mut kept));
-    // What the other side sends unasked is denied too.
-    let to = stream.local_addr().unwrap().port();
-    inside("internet", move || {
-        // As the server would: the host's masquerade keeps the port.
-        let sender = std::net::UdpSocket::bind("[2001:db8:2::20]:81").unwrap();
-        let _ = sender.send_to(b"push", at(HOST[1], to));
-    });
-    stream.set_read_timeout(Some(SILENCE)).unwrap();
-    assert!(stream.send(b"more").is_err() || stream.recv(&mut [0; 16]).is_err());
+    // What the other side sends by itself is denied too.
+    feed.send_to(b"denied", from).unwrap();
+    subscriber.set_read_timeout(Some(SILENCE)).unwrap();
+    assert!(subscriber.recv(&mut [0; 16]).is_err());
     sandbox.apply(&Policy::default()).await;
+    feed.send_to(b"allowed", from).unwrap();
+    assert_eq!(subscriber.recv(&mut [0; 16]).unwrap(), 7);
     assert!(sandbox.guest.reaches(at(OTHER[0], 80)) && echoes(&mut kept));
 }
 
