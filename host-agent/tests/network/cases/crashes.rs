@@ -2,7 +2,7 @@
 
 use soulbox_host::net::Network;
 
-use crate::daemon::Daemon;
+use crate::daemon::{Daemon, Record};
 use crate::guest::{Guest, echoes};
 use crate::world::{INTERNET, World, at, config, eventually, sh, state};
 
@@ -33,19 +33,27 @@ pub async fn a_daemon_killed_at_any_step_leaves_nothing(_: World) {
             assert!(daemon.was_killed(), "{step} is never come to");
         }
     }
-    for step in REMOVING {
-        let daemon = Daemon::start(step, &[]);
-        let (_, tap) = daemon.take();
-        drop(tap);
-        daemon.tell("free");
-        assert!(daemon.was_killed(), "{step} is never come to");
-    }
+    killed_while_removing(&[], || ());
     // What the last of them has left is there to be found.
     let next = Daemon::start("never", &[]);
     drop(next.take());
     next.tell("free");
     assert!(!next.was_killed());
     assert_eq!(state(), before);
+}
+
+/// Kills daemons as they take a slot back, and as they remove what those have left.
+fn killed_while_removing(live: &[Record], mut check: impl FnMut()) {
+    for step in REMOVING {
+        assert!(!Daemon::start("never", live).was_killed());
+        let daemon = Daemon::start(step, live);
+        drop(daemon.take());
+        daemon.tell("free");
+        assert!(daemon.was_killed(), "{step} is never come to");
+        check();
+        assert!(Daemon::start(step, live).was_killed(), "nothing was left");
+        check();
+    }
 }
 
 pub async fn a_live_sandbox_keeps_its_network(_: World) {
@@ -57,15 +65,12 @@ pub async fn a_live_sandbox_keeps_its_network(_: World) {
     let records = [record.clone()];
     first.kill();
     assert!(echoes(&mut stream), "it needs no daemon");
-    for step in MAKING.iter().chain(&REMOVING) {
+    for step in MAKING {
         let daemon = Daemon::start(step, &records);
-        if REMOVING.contains(step) {
-            drop(daemon.take());
-            daemon.tell("free");
-        }
         assert!(daemon.was_killed(), "{step} is never come to");
         assert!(echoes(&mut stream), "{step}");
     }
+    killed_while_removing(&records, || assert!(echoes(&mut stream)));
     let started = Network::start(&config(), &[record.live()]).await.unwrap();
     assert!(started.lost.is_empty());
     let network = started.network;
