@@ -9,6 +9,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use tokio::sync::{Notify, mpsc};
+use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
@@ -29,10 +30,11 @@ use crate::sync::lock;
 const EVENTS: usize = 1024;
 /// How long a sandbox waits for a slot that is being made.
 const WAIT: Duration = Duration::from_secs(5);
+const ADOPTED_AT_ONCE: usize = 16;
 
 /// All slots of this host. One daemon has it at a time.
 pub struct Network {
-    pub(super) maker: Maker,
+    pub(super) maker: Arc<Maker>,
     pub(super) ready_wanted: usize,
     slots_max: u32,
     pub(super) pool: Mutex<Pool>,
@@ -118,6 +120,49 @@ pub enum NoSlot {
     Make(#[source] SlotError),
 }
 
+// === impl Pool ===
+
+impl Pool {
+    /// Leases `live` slots to the sandboxes that have them; those that cannot be kept
+    /// are removed.
+    async fn adopt(
+        &mut self,
+        maker: &Arc<Maker>,
+        config: &Config,
+        live: &[LiveSlot],
+    ) -> Result<Vec<Lost>, StartError> {
+        let mut lost = Vec::new();
+        for some in live.chunks(ADOPTED_AT_ONCE) {
+            let mut adopting = JoinSet::new();
+            for slot in some.iter().cloned() {
+                let is_ours = slot.index < config.slots_max;
+                let maker = Arc::clone(maker);
+                adopting.spawn(async move {
+                    let adopted = match is_ours {
+                        true => maker.adopt(slot.index, slot.mac, &slot.policy).await,
+                        false => Err(SlotError::Unknown { slot: slot.index }),
+                    };
+                    (slot, adopted)
+                });
+            }
+            for (LiveSlot { index, policy, .. }, adopted) in adopting.join_all().await {
+                match adopted {
+                    Ok(made) => {
+                        let policy = tokio::sync::Mutex::new(policy);
+                        self.leased.insert(index, Arc::new(Lease { made, policy }));
+                    }
+                    Err(error) => {
+                        let unmade = maker.unmake(index).await;
+                        unmade.map_err(|source| StartError::Strays { source })?;
+                        lost.push(Lost { index, error });
+                    }
+                }
+            }
+        }
+        Ok(lost)
+    }
+}
+
 // === impl Network ===
 
 impl Network {
@@ -127,6 +172,7 @@ impl Network {
         let held = host::lock()?;
         let (events, denied) = mpsc::channel(EVENTS);
         let maker = Maker::new(config, events).map_err(|source| StartError::Netlink { source })?;
+        let maker = Arc::new(maker);
         host::check(&maker).await?;
         let indices: HashSet<u32> = live.iter().map(|slot| slot.index).collect();
         let strays = host::remove_strays(&maker, &indices).await?;
@@ -137,28 +183,7 @@ impl Network {
         host::install_rules(&maker).await?;
         host::forward()?;
         let mut pool = Pool::default();
-        let mut lost = Vec::new();
-        for slot in live {
-            let adopted = match slot.index < config.slots_max {
-                true => maker.adopt(slot.index, slot.mac, &slot.policy).await,
-                false => Err(SlotError::Unknown { slot: slot.index }),
-            };
-            match adopted {
-                Ok(made) => {
-                    let policy = tokio::sync::Mutex::new(slot.policy.clone());
-                    let lease = Arc::new(Lease { made, policy });
-                    pool.leased.insert(slot.index, lease);
-                }
-                Err(error) => {
-                    let unmade = maker.unmake(slot.index).await;
-                    unmade.map_err(|source| StartError::Strays { source })?;
-                    lost.push(Lost {
-                        index: slot.index,
-                        error,
-                    });
-                }
-            }
-        }
+        let lost = pool.adopt(&maker, config, live).await?;
         let free = (0..config.slots_max).filter(|index| !pool.leased.contains_key(index));
         pool.free = free.collect();
         // One is made at once: what the kernel lacks is told now, not at the first sandbox.
