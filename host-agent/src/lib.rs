@@ -5,7 +5,7 @@
 //! speaks gRPC, `sandbox` owns every sandbox's life, `monitor` drives one
 //! `soulbox-vmm` process, `guest` reaches the agent inside.
 
-// The one exception is `descriptors`, which says why.
+// The exceptions are `descriptors` and `net::netns`, which say why.
 #![deny(unsafe_code)]
 
 pub mod admission;

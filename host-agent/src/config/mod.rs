@@ -3,10 +3,11 @@
 
 mod validate;
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use ipnet::{Ipv4Net, Ipv6Net};
 use serde::Deserialize;
 
 pub use validate::Violation;
@@ -28,7 +29,32 @@ pub struct Config {
     pub timeouts: Timeouts,
     pub shells: Shells,
     pub templates: Templates,
+    pub network: Network,
     pub shutdown: Shutdown,
+}
+
+/// Network namespaces that wait for a sandbox, and what they have in common.
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Network {
+    pub enabled: bool,
+    /// Where each slot has a /31.
+    #[serde(deserialize_with = "ipv4_range")]
+    pub ipv4_range: Ipv4Net,
+    /// Where each slot has a /127.
+    #[serde(deserialize_with = "ipv6_range")]
+    pub ipv6_range: Ipv6Net,
+    pub namespace_prefix: String,
+    /// How many wait.
+    pub slots_ready: u32,
+    /// How many there are at most, used ones among them.
+    pub slots_max: u32,
+    /// That one sandbox may have at once.
+    pub connections_max: u32,
+    /// Empty: those of /etc/resolv.conf.
+    pub dns_upstream: Vec<IpAddr>,
+    /// A path, or a name that is looked for in PATH.
+    pub nft: PathBuf,
 }
 
 /// Monitors that wait for a machine.
@@ -299,6 +325,25 @@ impl Default for Shells {
     }
 }
 
+impl Default for Network {
+    fn default() -> Self {
+        Self {
+            enabled: true,
+            ipv4_range: Ipv4Net::new_assert([10, 213, 0, 0].into(), 16),
+            ipv6_range: Ipv6Net::new_assert(
+                [0xfd73, 0x6f75, 0x6c62, 0x6f78, 0, 0, 0, 0].into(),
+                64,
+            ),
+            namespace_prefix: "soulbox-".to_owned(),
+            slots_ready: 16,
+            slots_max: 4096,
+            connections_max: 8192,
+            dns_upstream: Vec::new(),
+            nft: "nft".into(),
+        }
+    }
+}
+
 impl Default for Templates {
     fn default() -> Self {
         let program = |argv: [&str; 3]| argv.map(str::to_owned).to_vec();
@@ -323,6 +368,33 @@ where
     text.parse().map(Some).map_err(|_| {
         serde::de::Error::custom(format!(
             "{text:?} is not an address: give IP:PORT, such as \"10.0.0.5:7600\", or \"\" for none"
+        ))
+    })
+}
+
+fn ipv4_range<'de, D>(deserializer: D) -> Result<Ipv4Net, D::Error>
+where
+    D: serde::Deserializer<'de>,
+{
+    range(deserializer, "10.213.0.0/16")
+}
+
+fn ipv6_range<'de, D>(deserializer: D) -> Result<Ipv6Net, D::Error>
+where
+    D: serde::Deserializer<'de>,
+{
+    range(deserializer, "fd73:6f75:6c62:6f78::/64")
+}
+
+fn range<'de, T, D>(deserializer: D, example: &str) -> Result<T, D::Error>
+where
+    T: std::str::FromStr,
+    D: serde::Deserializer<'de>,
+{
+    let text = String::deserialize(deserializer)?;
+    text.parse().map_err(|_| {
+        serde::de::Error::custom(format!(
+            "{text:?} is not a range of addresses: give one such as {example:?}"
         ))
     })
 }
@@ -371,6 +443,21 @@ mod tests {
             .to_string();
         assert!(error.contains("boot_seconds"), "{error}");
         assert!(error.contains("boot_ms"), "{error}");
+    }
+
+    #[test]
+    fn a_bad_range_is_said_with_the_mend() {
+        for (line, mend) in [
+            ("ipv4_range = \"10.0.0.0/33\"", "10.213.0.0/16"),
+            ("ipv4_range = \"fd73::/64\"", "10.213.0.0/16"),
+            ("ipv6_range = \"fd73::\"", "/64"),
+        ] {
+            let error = parse(&format!("[network]\n{line}"))
+                .unwrap_err()
+                .to_string();
+            assert!(error.contains("give one such as"), "{error}");
+            assert!(error.contains(mend), "{error}");
+        }
     }
 
     #[test]

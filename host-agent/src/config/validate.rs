@@ -2,8 +2,11 @@
 
 use std::path::Path;
 
+use ipnet::IpNet;
+
 use super::Config;
 use crate::id::SandboxId;
+use crate::net::{GUEST4_NET, GUEST6_NET, Ranges};
 use crate::sandbox::{MAX_DISK_MIB, MAX_MEMORY_MIB, MAX_TTL_SECONDS, MAX_VCPUS, MIN_MEMORY_MIB};
 use crate::template::is_template_name;
 
@@ -22,6 +25,11 @@ const MAX_SOCKET_PATH_BYTES: usize = 107;
 const MAX_TIMEOUT_MS: u64 = 24 * 60 * 60 * 1000;
 /// Each is a process with a descriptor for each of its parts.
 const MAX_SHELLS: u32 = 10_000;
+/// A slot is a namespace with two links; Linux has no bound, its memory has.
+const MAX_SLOTS: u32 = 100_000;
+const MAX_CONNECTIONS: u32 = 1_000_000;
+/// With the number of a slot it stays far below what a file's name may have.
+const MAX_PREFIX_BYTES: usize = 32;
 
 pub(super) fn validate(config: &Config) -> Vec<Violation> {
     let mut found = Vec::new();
@@ -30,6 +38,7 @@ pub(super) fn validate(config: &Config) -> Vec<Violation> {
     amounts(config, &mut found);
     times(config, &mut found);
     shells(config, &mut found);
+    network(config, &mut found);
     found
 }
 
@@ -231,6 +240,88 @@ fn shells(config: &Config, found: &mut Vec<Violation>) {
     }
 }
 
+fn network(config: &Config, found: &mut Vec<Violation>) {
+    let network = &config.network;
+    let mut wrong = |field, mend: String| found.push(Violation { field, mend });
+    let ranges = Ranges::new(network);
+    if !(1..=MAX_SLOTS).contains(&network.slots_max) {
+        let mend = format!("is {}; give 1 to {MAX_SLOTS}", network.slots_max);
+        wrong("network.slots_max", mend);
+    } else if u64::from(network.slots_max) > ranges.slots() {
+        wrong(
+            "network.slots_max",
+            format!(
+                "is {}, but network.ipv4_range and network.ipv6_range have pairs of addresses for {}; lower it or give larger ranges",
+                network.slots_max,
+                ranges.slots()
+            ),
+        );
+    }
+    if network.slots_ready > network.slots_max {
+        wrong(
+            "network.slots_ready",
+            format!(
+                "is {}, more than network.slots_max ({}); lower it",
+                network.slots_ready, network.slots_max
+            ),
+        );
+    }
+    if !(1..=MAX_CONNECTIONS).contains(&network.connections_max) {
+        let mend = format!(
+            "is {}; give 1 to {MAX_CONNECTIONS}",
+            network.connections_max
+        );
+        wrong("network.connections_max", mend);
+    }
+    let prefix = &network.namespace_prefix;
+    let plain = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'-';
+    // What ends in a digit would run into the slot's number.
+    let apart = prefix.ends_with('-') && prefix.len() > 1;
+    if prefix.len() > MAX_PREFIX_BYTES || !prefix.bytes().all(plain) || !apart {
+        wrong(
+            "network.namespace_prefix",
+            format!(
+                "is {prefix:?}; give up to {MAX_PREFIX_BYTES} of [a-z0-9-] that end with \"-\", such as \"soulbox-\""
+            ),
+        );
+    }
+    if network.nft.as_os_str().is_empty() {
+        wrong(
+            "network.nft",
+            "is empty; give \"nft\" or its path".to_owned(),
+        );
+    }
+    let usable = |net: IpNet| {
+        let address = net.network();
+        !(address.is_unspecified() || address.is_loopback() || address.is_multicast())
+    };
+    let inside = |a: IpNet, b: IpNet| a.contains(&b) || b.contains(&a);
+    let (ipv4, ipv6) = (IpNet::V4(ranges.ipv4), IpNet::V6(ranges.ipv6));
+    let guests = [
+        ("network.ipv4_range", ipv4, IpNet::V4(GUEST4_NET)),
+        ("network.ipv6_range", ipv6, IpNet::V6(GUEST6_NET)),
+    ];
+    for (field, range, guest) in guests {
+        if inside(range, guest) {
+            let mend = format!("overlaps {guest}, which every guest has inside; give another");
+            wrong(field, mend);
+        } else if !usable(range) {
+            wrong(
+                field,
+                format!("is {range}; give a range of unicast addresses"),
+            );
+        }
+    }
+    let bad = network
+        .dns_upstream
+        .iter()
+        .find(|address| address.is_unspecified() || address.is_multicast());
+    if let Some(address) = bad {
+        let mend = format!("has {address}, which no resolver can have; give unicast addresses");
+        wrong("network.dns_upstream", mend);
+    }
+}
+
 fn absolute(field: &'static str, path: &Path, found: &mut Vec<Violation>) {
     if !path.is_absolute() {
         found.push(Violation {
@@ -301,6 +392,45 @@ mod tests {
                 "shapes = [{ vcpus = 0, memory_mib = 512 }]".to_owned(),
             ),
             ("templates.warm_up", "warm_up = [[]]".to_owned()),
+            (
+                "network.slots_max",
+                "slots_ready = 0\nslots_max = 0".to_owned(),
+            ),
+            (
+                "network.slots_max",
+                "ipv4_range = \"10.213.0.0/24\"".to_owned(),
+            ),
+            ("network.slots_ready", "slots_max = 15".to_owned()),
+            ("network.connections_max", "connections_max = 0".to_owned()),
+            (
+                "network.namespace_prefix",
+                "namespace_prefix = \"\"".to_owned(),
+            ),
+            (
+                "network.namespace_prefix",
+                "namespace_prefix = \"a/-\"".to_owned(),
+            ),
+            (
+                "network.namespace_prefix",
+                "namespace_prefix = \"vm1\"".to_owned(),
+            ),
+            ("network.nft", "nft = \"\"".to_owned()),
+            (
+                "network.ipv4_range",
+                "ipv4_range = \"172.16.0.0/12\"".to_owned(),
+            ),
+            (
+                "network.ipv4_range",
+                "ipv4_range = \"224.0.0.0/16\"".to_owned(),
+            ),
+            (
+                "network.ipv6_range",
+                "ipv6_range = \"fd5b::/48\"".to_owned(),
+            ),
+            (
+                "network.dns_upstream",
+                "dns_upstream = [\"0.0.0.0\"]".to_owned(),
+            ),
         ];
         for (field, line) in cases {
             let section = field.split('.').next().unwrap();
