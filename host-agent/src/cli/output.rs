@@ -259,6 +259,7 @@ pub(super) fn change(format: Output, change: &WatchSandboxesResponse) -> Result<
         Kind::Current => "current",
         Kind::Changed => "changed",
         Kind::Deleted => "deleted",
+        Kind::Denied => "denied",
         Kind::Unspecified => "unknown",
     };
     let shown = change.sandbox.clone().unwrap_or_default();

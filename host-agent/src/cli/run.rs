@@ -66,6 +66,7 @@ pub(super) fn create_request(args: SandboxArgs, request_id: String) -> CreateSan
         }),
         ttl: args.ttl.and_then(|ttl| ttl.try_into().ok()),
         labels: args.labels.into_iter().collect(),
+        network: None,
     }
 }
 

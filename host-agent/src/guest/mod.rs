@@ -83,6 +83,7 @@ impl Guest {
             wall_clock: Some(SystemTime::now().into()),
             entropy: entropy.into(),
             new_identity,
+            network: None,
         };
         self.system().configure(request).await?;
         Ok(())

@@ -30,6 +30,8 @@ pub(super) fn sandbox(record: &SandboxRecord) -> proto::Sandbox {
             .parent
             .as_ref()
             .map_or_else(String::new, ToString::to_string),
+        network: None,
+        addresses: Vec::new(),
     }
 }
 

@@ -77,6 +77,7 @@ fn response(kind: Kind, record: &SandboxRecord) -> proto::WatchSandboxesResponse
     proto::WatchSandboxesResponse {
         kind: kind.into(),
         sandbox: Some(convert::sandbox(record)),
+        denied: None,
     }
 }
 
