@@ -28,6 +28,15 @@ const NOT_INTERNET4: &str = "0.0.0.0/8, 10.0.0.0/8, 100.64.0.0/10, 127.0.0.0/8, 
 /// addresses have IPv4 addresses in them.
 const NOT_INTERNET6: &str = "::/3, 2001::/32, 2002::/16, 4000::/2, 8000::/1";
 
+/// Whether an address is of the internet.
+pub(super) fn is_internet(address: IpAddr) -> bool {
+    static NOT_INTERNET: LazyLock<Vec<IpNet>> = LazyLock::new(|| {
+        let ranges = NOT_INTERNET4.split(',').chain(NOT_INTERNET6.split(','));
+        ranges.filter_map(|range| range.trim().parse().ok()).collect()
+    });
+    !NOT_INTERNET.iter().any(|range| range.contains(&address))
+}
+
 /// Why a packet was dropped; each is a counter, and the prefix of its log.
 pub(super) const REASONS: [&str; 6] = [
     "sandbox", "listed", "private", "internet", "protocol", "crowd",
