@@ -9,6 +9,7 @@ use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use bytes::Bytes;
 use soulbox_proto::guest::v1 as guest;
 use soulbox_proto::vmm::v1::{self as proto, reply, request};
 use tokio::sync::{mpsc, watch};
@@ -107,14 +108,13 @@ impl Networks {
 
     /// Which names a guest may resolve, and where they are asked.
     fn names(&self, policy: &Policy) -> dns::Policy {
-        let rules = policy.allow_domains.iter();
         let upstreams = match policy.dns_servers.as_slice() {
             [] => self.upstreams.clone(),
             servers => servers.iter().map(|&server| at_port_53(server)).collect(),
         };
         let judge = policy.clone();
         dns::Policy {
-            rules: rules.cloned().collect(),
+            domains: policy.allow_domains.clone(),
             others: match policy.internet {
                 true => dns::Others::Resolve,
                 false => dns::Others::Refuse,
@@ -320,14 +320,14 @@ impl Actor {
         };
         let gateways = [GATEWAY4.into(), GATEWAY6.into()].map(octets);
         Some(guest::Network {
-            mac: self.mac().bytes().to_vec(),
+            mac: Bytes::copy_from_slice(&self.mac().bytes()),
             mtu: net::MTU,
             addresses: vec![
                 address(GUEST4.into(), GUEST4_NET.prefix_len()),
                 address(GUEST6.into(), GUEST6_NET.prefix_len()),
             ],
             gateways: gateways.to_vec(),
-            gateway_mac: Mac::GATEWAY.bytes().to_vec(),
+            gateway_mac: Bytes::copy_from_slice(&Mac::GATEWAY.bytes()),
             resolvers: gateways.to_vec(),
         })
     }
@@ -401,9 +401,9 @@ fn at_port_53(server: IpAddr) -> SocketAddr {
     (server, DNS_PORT).into()
 }
 
-fn octets(address: IpAddr) -> Vec<u8> {
+fn octets(address: IpAddr) -> Bytes {
     match address {
-        IpAddr::V4(address) => address.octets().to_vec(),
-        IpAddr::V6(address) => address.octets().to_vec(),
+        IpAddr::V4(address) => Bytes::copy_from_slice(&address.octets()),
+        IpAddr::V6(address) => Bytes::copy_from_slice(&address.octets()),
     }
 }

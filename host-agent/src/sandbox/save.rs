@@ -240,7 +240,7 @@ impl Actor {
         let (Some(machine), Some(guest)) = (&self.machine, &self.guest) else {
             return Err(SaveError::Ended);
         };
-        let message = match timeout(AGENT, guest.configure(Identity::Same)).await {
+        let message = match timeout(AGENT, guest.configure(Identity::Same, self.guest_network())).await {
             Ok(Ok(())) => return Ok(()),
             Ok(Err(status)) => printable(status.message(), MAX_SENTENCE_CHARS),
             Err(_) => "no answer".to_owned(),

@@ -14,6 +14,7 @@ use crate::config::{Defaults, Limits};
 use crate::id::SnapshotId;
 use crate::net::Policy;
 use crate::record::Resources;
+use crate::service::convert::policy_from_proto;
 use crate::status::FieldViolation;
 use crate::template::{Manifest, is_template_name};
 

@@ -17,7 +17,7 @@ use super::sandboxes::{invalid, parse_id};
 use crate::id::SandboxId;
 use crate::ingress::{Dial as _, Forwards};
 use crate::record::State;
-use crate::sandbox::{ChangeKind, CreateError, NetworkError, Pool, Ports};
+use crate::sandbox::{ChangeKind, CreateError, Pool, Ports};
 use crate::status::status;
 
 #[derive(Clone)]
@@ -101,9 +101,8 @@ impl NetworkService for NetworkApi {
         let usage = match lease {
             Some(lease) => {
                 let counters = self.pool.network_counters(lease).await;
-                Some(convert::network_usage(
-                    &counters.map_err(|error| status(&error))?,
-                ))
+                let counters = counters.map_err(|error| status(&error))?;
+                Some((&counters).into())
             }
             None => None,
         };
@@ -163,7 +162,7 @@ impl NetworkService for NetworkApi {
             return Err(not_running());
         }
         Ok(Response::new(proto::ForwardPortResponse {
-            forward: Some(convert::forward(&forward)),
+            forward: Some((&forward).into()),
         }))
     }
 
@@ -177,7 +176,7 @@ impl NetworkService for NetworkApi {
         };
         let forwards = self.forwards.list(of.as_ref());
         Ok(Response::new(proto::ListForwardsResponse {
-            forwards: forwards.iter().map(convert::forward).collect(),
+            forwards: forwards.iter().map(Into::into).collect(),
         }))
     }
 

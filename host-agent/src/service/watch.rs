@@ -60,7 +60,7 @@ async fn feed(mut subscription: Subscription, labels: &HashMap<String, String>, 
                 let (kind, denied) = match &change.kind {
                     ChangeKind::Changed => (Kind::Changed, None),
                     ChangeKind::Deleted => (Kind::Deleted, None),
-                    ChangeKind::Denied(denied) => (Kind::Denied, Some(convert::denied(denied))),
+                    ChangeKind::Denied(denied) => (Kind::Denied, Some(denied.into())),
                 };
                 Ok(proto::WatchSandboxesResponse {
                     denied,
