@@ -10,7 +10,7 @@ use netlink_packet_route::address::{AddressAttribute, AddressFlags, AddressHeade
 use netlink_packet_route::link::{
     InfoData, InfoKind, InfoVeth, LinkAttribute, LinkInfo, LinkMessage,
 };
-use netlink_packet_route::route::{RouteAddress, RouteAttribute, RouteMessage};
+use netlink_packet_route::route::{RouteAddress, RouteAttribute, RouteMessage, RouteType};
 use rtnetlink::packet_route::neighbour::NeighbourState;
 use rtnetlink::{Handle, LinkMessageBuilder, LinkUnspec, LinkVeth, RouteMessageBuilder};
 use tokio::task::JoinHandle;
@@ -206,6 +206,30 @@ impl Links {
             }
         }
         Ok(found)
+    }
+
+    /// Whether what the host sends to `address` goes to the host itself.
+    pub(super) async fn is_own(&self, address: IpAddr) -> io::Result<bool> {
+        let message = match address {
+            IpAddr::V4(address) => RouteMessageBuilder::<Ipv4Addr>::new()
+                .destination_prefix(address, 32)
+                .build(),
+            IpAddr::V6(address) => RouteMessageBuilder::<Ipv6Addr>::new()
+                .destination_prefix(address, 128)
+                .build(),
+        };
+        match self.handle.route().get(message).execute().next().await {
+            Some(Ok(route)) => Ok(matches!(
+                route.header.kind,
+                RouteType::Local | RouteType::Broadcast | RouteType::Anycast | RouteType::Multicast
+            )),
+            None => Ok(false),
+            // No way there, as on a host without IPv6.
+            Some(Err(error)) => match failed(error) {
+                error if error.raw_os_error() == Some(libc::ENETUNREACH) => Ok(false),
+                error => Err(error),
+            },
+        }
     }
 }
 

@@ -33,9 +33,10 @@ pub use mac::{Mac, MacError};
 pub use nft::NftError;
 pub use policy::{
     DomainId, DomainPattern, MAX_DNS_SERVERS, MAX_DOMAINS, MAX_PORT_RANGES, MAX_RULES, Policy,
-    PolicyError, Ports, Protocol, RateLimit, Rule, parse_cidr,
+    PolicyError, PolicyViolation, Ports, Protocol, RateLimit, Rule, parse_address, parse_cidr,
 };
 pub use pool::{LiveSlot, Lost, Network, NoSlot, Slot, Started};
+pub use ranges::is_internet;
 pub use resolver::ResolverSockets;
 pub use slot::SlotError;
 

@@ -4,9 +4,12 @@ use std::fmt;
 use std::net::IpAddr;
 use std::str::FromStr;
 
+use hickory_proto::rr::Name;
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
+
+use super::ranges::is_internet;
 
 /// More rules than that are surely a mistake, and each transaction carries all.
 pub const MAX_RULES: usize = 1024;
@@ -16,6 +19,9 @@ pub const MAX_DNS_SERVERS: usize = 8;
 /// Of a domain's name, by RFC 1035 section 2.3.4.
 const MAX_NAME_BYTES: usize = 253;
 const MAX_LABEL_BYTES: usize = 63;
+/// Of what was given, as much as an error repeats.
+const MAX_SHOWN_CHARS: usize = 64;
+const DNS_PORT: u16 = 53;
 
 /// The network of one sandbox. Judged in this order, first match first:
 ///
@@ -30,17 +36,26 @@ const MAX_LABEL_BYTES: usize = 63;
 /// `allow_domains` then only matter for ranges of step 4 and for what stays open
 /// when `internet` is turned off.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(default, deny_unknown_fields)]
+#[serde(deny_unknown_fields)]
 pub struct Policy {
+    /// Has no default where a policy is written down: nobody is to guess it.
     pub internet: bool,
+    #[serde(default)]
     pub allow: Vec<Rule>,
+    #[serde(default)]
     pub deny: Vec<Rule>,
+    #[serde(default)]
     pub allow_domains: Vec<DomainPattern>,
-    /// Whom the slot's resolver asks. Empty: the host's resolvers.
+    /// Whom the slot's resolver asks, on port 53. Empty: the host's resolvers. It is
+    /// the host that asks, so that none may be what a guest may not reach: private
+    /// ones only where `allow` has them, the host itself and its links never.
+    #[serde(default)]
     pub dns_servers: Vec<IpAddr>,
     /// What the guest sends. The monitor holds it to this, not the firewall.
+    #[serde(default)]
     pub send: RateLimit,
     /// What the guest receives; likewise.
+    #[serde(default)]
     pub receive: RateLimit,
 }
 
@@ -55,6 +70,7 @@ pub struct RateLimit {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Rule {
+    #[serde(deserialize_with = "cidr")]
     pub cidr: IpNet,
     #[serde(default)]
     pub protocol: Protocol,
@@ -82,7 +98,8 @@ pub struct Ports {
     last: u16,
 }
 
-/// `example.com` for that name alone, `*.example.com` for all names below it.
+/// `example.com` for that name alone, `*.example.com` for all names below it. A name
+/// in another script stands for what is asked for it (IDNA).
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub struct DomainPattern {
@@ -111,14 +128,33 @@ pub enum PolicyError {
         "{0:?} is not a domain; give a name such as \"example.com\", or \"*.example.com\" for all names below it"
     )]
     Domain(String),
-    #[error("{0} is not an address that a resolver can have; give a unicast address")]
+    #[error("{0:?} is not an address; give one such as \"9.9.9.9\" or \"2620:fe::fe\"")]
+    Address(String),
+    #[error(
+        "{0} is not an address that the host may ask; give a unicast address that is neither loopback nor link-local"
+    )]
     DnsServer(IpAddr),
+    #[error(
+        "{0} is private, and the host asks it for the sandbox; put it into `allow` too, or give a public one"
+    )]
+    PrivateDnsServer(IpAddr),
+    #[error(
+        "{0} is of this host or of a sandbox on it; give another, or none for the host's own resolvers"
+    )]
+    DnsServerOfHost(IpAddr),
     #[error("{count} {what} are too many; give at most {most}")]
     TooMany {
         what: &'static str,
         count: usize,
         most: usize,
     },
+}
+
+/// A field of a policy, such as `allow[2].cidr`, and what is wrong with it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PolicyViolation {
+    pub field: String,
+    pub error: PolicyError,
 }
 
 // === impl Policy ===
@@ -138,25 +174,54 @@ impl Default for Policy {
 }
 
 impl Policy {
-    /// What the types of its fields do not already rule out.
-    pub fn validate(&self) -> Result<(), PolicyError> {
-        let at_most = |what, count, most| {
-            (count <= most)
-                .then_some(())
-                .ok_or(PolicyError::TooMany { what, count, most })
+    /// What the types of its fields do not already rule out, all of it. What a node
+    /// knows beyond that, [`super::Network::violations`] tells.
+    pub fn violations(&self) -> Vec<PolicyViolation> {
+        let mut found = Vec::new();
+        let mut at_most = |field: String, what, count, most| {
+            if count > most {
+                let error = PolicyError::TooMany { what, count, most };
+                found.push(PolicyViolation { field, error });
+            }
         };
-        at_most("allow rules", self.allow.len(), MAX_RULES)?;
-        at_most("deny rules", self.deny.len(), MAX_RULES)?;
-        at_most("domains", self.allow_domains.len(), MAX_DOMAINS)?;
-        at_most("DNS servers", self.dns_servers.len(), MAX_DNS_SERVERS)?;
-        for rule in self.allow.iter().chain(&self.deny) {
-            at_most("port ranges of a rule", rule.ports.len(), MAX_PORT_RANGES)?;
+        for (field, rules) in [("allow", &self.allow), ("deny", &self.deny)] {
+            at_most(field.to_owned(), "rules", rules.len(), MAX_RULES);
+            for (index, rule) in rules.iter().enumerate() {
+                let field = format!("{field}[{index}].ports");
+                at_most(field, "port ranges", rule.ports.len(), MAX_PORT_RANGES);
+            }
         }
-        let unusable = |address: &&IpAddr| address.is_unspecified() || address.is_multicast();
-        match self.dns_servers.iter().find(unusable) {
-            Some(server) => Err(PolicyError::DnsServer(*server)),
-            None => Ok(()),
+        let (domains, servers) = (self.allow_domains.len(), self.dns_servers.len());
+        at_most("allow_domains".to_owned(), "domains", domains, MAX_DOMAINS);
+        at_most(
+            "dns_servers".to_owned(),
+            "servers",
+            servers,
+            MAX_DNS_SERVERS,
+        );
+        for (index, server) in self.dns_servers.iter().enumerate() {
+            if let Some(error) = self.refused_server(*server) {
+                let field = format!("dns_servers[{index}]");
+                found.push(PolicyViolation { field, error });
+            }
         }
+        found
+    }
+
+    fn refused_server(&self, server: IpAddr) -> Option<PolicyError> {
+        let is_link_local = match server {
+            IpAddr::V4(address) => address.is_link_local() || address.is_broadcast(),
+            IpAddr::V6(address) => {
+                address.is_unicast_link_local() || address.to_ipv4_mapped().is_some()
+            }
+        };
+        let is_unusable = server.is_unspecified() || server.is_multicast() || server.is_loopback();
+        if is_link_local || is_unusable {
+            return Some(PolicyError::DnsServer(server));
+        }
+        let is_allowed = || self.allow.iter().any(|rule| rule.allows(server, DNS_PORT));
+        let is_private = !is_internet(server) && !is_allowed();
+        is_private.then_some(PolicyError::PrivateDnsServer(server))
     }
 
     /// Whether the firewall would be the same with `other`.
@@ -185,6 +250,14 @@ impl Rule {
                 .collect::<Result<_, _>>()?,
         })
     }
+
+    /// Whether it is about `port` of `address`, by TCP, UDP or either.
+    fn allows(&self, address: IpAddr, port: u16) -> bool {
+        let mut ports = self.ports.iter();
+        self.cidr.contains(&address)
+            && (self.ports.is_empty()
+                || ports.any(|ports| (ports.first..=ports.last).contains(&port)))
+    }
 }
 
 /// Reads a range. Bits after the prefix are taken as meant: `10.1.2.3/8` is `10.0.0.0/8`.
@@ -192,7 +265,17 @@ pub fn parse_cidr(text: &str) -> Result<IpNet, PolicyError> {
     text.parse::<IpNet>()
         .or_else(|_| text.parse::<IpAddr>().map(IpNet::from))
         .map(|net| net.trunc())
-        .map_err(|_| PolicyError::Cidr(text.to_owned()))
+        .map_err(|_| PolicyError::Cidr(shown(text)))
+}
+
+/// Reads an address of a resolver.
+pub fn parse_address(text: &str) -> Result<IpAddr, PolicyError> {
+    text.parse().map_err(|_| PolicyError::Address(shown(text)))
+}
+
+fn cidr<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<IpNet, D::Error> {
+    let text = String::deserialize(deserializer)?;
+    parse_cidr(&text).map_err(serde::de::Error::custom)
 }
 
 // === impl Protocol ===
@@ -205,8 +288,18 @@ impl FromStr for Protocol {
             "any" | "" => Ok(Self::Any),
             "tcp" => Ok(Self::Tcp),
             "udp" => Ok(Self::Udp),
-            _ => Err(PolicyError::Protocol(text.to_owned())),
+            _ => Err(PolicyError::Protocol(shown(text))),
         }
+    }
+}
+
+impl fmt::Display for Protocol {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Any => "any",
+            Self::Tcp => "tcp",
+            Self::Udp => "udp",
+        })
     }
 }
 
@@ -250,7 +343,7 @@ impl FromStr for Ports {
         number(first)
             .zip(number(last))
             .and_then(|(first, last)| Self::new(first, last).ok())
-            .ok_or_else(|| PolicyError::Ports(text.to_owned()))
+            .ok_or_else(|| PolicyError::Ports(shown(text)))
     }
 }
 
@@ -280,20 +373,16 @@ impl fmt::Display for Ports {
 // === impl DomainPattern ===
 
 impl DomainPattern {
-    /// Whether `name` (in any case, with or without a dot at the end) is meant.
-    pub fn matches(&self, name: &str) -> bool {
-        let name = name.strip_suffix('.').unwrap_or(name).as_bytes();
-        let own = self.name.as_bytes();
-        let Some(before) = name.len().checked_sub(own.len()) else {
-            return false;
-        };
-        if !name[before..].eq_ignore_ascii_case(own) {
-            return false;
-        }
-        match self.below {
-            true => before > 1 && name[before - 1] == b'.',
-            false => before == 0,
-        }
+    /// Whether `name` is meant, in any case. Labels are compared, not text: a label may
+    /// have a dot in it.
+    pub(super) fn matches(&self, name: &Name) -> bool {
+        let mut labels = name.iter().rev();
+        let mut own = self.name.rsplit('.');
+        own.all(|own| {
+            labels
+                .next()
+                .is_some_and(|label| label.eq_ignore_ascii_case(own.as_bytes()))
+        }) && labels.next().is_some() == self.below
     }
 
     pub fn id(&self) -> DomainId {
@@ -312,7 +401,13 @@ impl FromStr for DomainPattern {
             Some(name) => (name, true),
             None => (text, false),
         };
+        let error = || PolicyError::Domain(shown(text));
         let name = name.strip_suffix('.').unwrap_or(name);
+        let name = match name.is_ascii() {
+            true => name.to_ascii_lowercase(),
+            // What follows tells whether it is a name.
+            false => Name::from_utf8(name).map_err(|_| error())?.to_ascii(),
+        };
         let label = |label: &str| {
             let inner = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'_');
             (1..=MAX_LABEL_BYTES).contains(&label.len())
@@ -326,12 +421,9 @@ impl FromStr for DomainPattern {
             .next()
             .is_some_and(|last| last.parse::<u64>().is_ok());
         if name.len() > MAX_NAME_BYTES || number || !name.split('.').all(label) {
-            return Err(PolicyError::Domain(text.to_owned()));
+            return Err(error());
         }
-        Ok(Self {
-            name: name.to_ascii_lowercase(),
-            below,
-        })
+        Ok(Self { name, below })
     }
 }
 
@@ -354,6 +446,10 @@ impl fmt::Display for DomainPattern {
         let prefix = if self.below { "*." } else { "" };
         write!(f, "{prefix}{}", self.name)
     }
+}
+
+fn shown(text: &str) -> String {
+    crate::text::printable(text, MAX_SHOWN_CHARS)
 }
 
 #[cfg(test)]
@@ -390,17 +486,24 @@ mod tests {
             ".",
             "*",
             "*.",
+            ".a",
             "a..b",
             "*.*.com",
+            "a.*.com",
             "-a.com",
             "a-.com",
             "a b.com",
             "10.0.0.1",
+            "::1",
             "a/b",
-            "exämple.com",
+            "a\\.b",
+            "ä\\.b",
+            "a:80",
+            "https://a",
             "a;b.com",
             "}",
             &long,
+            &format!("ä{long}"),
             &format!("{}.com", "a.".repeat(126)),
         ] {
             assert!(domain.parse::<DomainPattern>().is_err(), "{domain}");
@@ -408,21 +511,91 @@ mod tests {
     }
 
     #[test]
-    fn patterns_match_what_they_say() {
-        let matches =
-            |pattern: &str, name: &str| pattern.parse::<DomainPattern>().unwrap().matches(name);
+    fn errors_repeat_little_of_what_was_given() {
+        let error = parse_cidr(&"\x1b7".repeat(10_000)).unwrap_err().to_string();
+        assert!(error.len() < 300 && !error.contains('\x1b'), "{error}");
+    }
+
+    #[test]
+    fn domains_are_shown_as_they_are_asked_for() {
+        for (given, shown) in [
+            ("example.com", "example.com"),
+            ("*.example.com.", "*.example.com"),
+            ("_dmarc.Example.com", "_dmarc.example.com"),
+            ("Bücher.example", "xn--bcher-kva.example"),
+            ("localhost", "localhost"),
+        ] {
+            let pattern: DomainPattern = given.parse().unwrap();
+            assert_eq!(pattern.to_string(), shown);
+        }
+    }
+
+    #[test]
+    fn patterns_match_whole_labels_in_any_case() {
+        let matches = |pattern: &str, name: &str| {
+            let pattern: DomainPattern = pattern.parse().unwrap();
+            pattern.matches(&Name::from_ascii(name).unwrap())
+        };
         assert!(matches("Example.com", "eXample.COM."));
         assert!(!matches("example.com", "www.example.com"));
         assert!(matches("*.example.com", "a.b.example.com"));
+        assert!(matches("*.example.com", "*.Example.com"));
         for other in [
             "example.com",
-            ".example.com",
             "badexample.com",
             "example.com.evil.org",
-            "",
+            // One label, "a.example", below "com".
+            "a\\.example.com",
+            "com",
+            ".",
         ] {
             assert!(!matches("*.example.com", other), "{other}");
         }
+    }
+
+    #[test]
+    fn the_host_asks_only_whom_the_guest_may_reach() {
+        let refused = |server: &str, allow: &[Rule]| {
+            let policy = Policy {
+                allow: allow.to_vec(),
+                dns_servers: vec!["9.9.9.9".parse().unwrap(), server.parse().unwrap()],
+                ..Policy::default()
+            };
+            let mut found = policy.violations();
+            assert!(
+                found
+                    .iter()
+                    .all(|violation| violation.field == "dns_servers[1]")
+            );
+            found.pop().map(|violation| violation.error)
+        };
+        let all = ["0.0.0.0/0", "::/0"].map(|net| Rule::parse(net, "any", &[]).unwrap());
+        for never in [
+            "0.0.0.0",
+            "127.0.0.53",
+            "169.254.169.254",
+            "224.0.0.251",
+            "255.255.255.255",
+            "::",
+            "::1",
+            "::ffff:127.0.0.1",
+            "::ffff:9.9.9.9",
+            "fe80::1",
+            "ff02::fb",
+        ] {
+            let error = PolicyError::DnsServer(never.parse().unwrap());
+            assert_eq!(refused(never, &all), Some(error));
+        }
+        for private in ["10.0.0.53", "192.168.1.1", "100.64.0.1", "fd00::53"] {
+            let error = PolicyError::PrivateDnsServer(private.parse().unwrap());
+            assert_eq!(refused(private, &[]), Some(error.clone()));
+            assert_eq!(refused(private, &all), None);
+            let other_port = Rule::parse(private, "udp", &["54-60", "1-52"]).unwrap();
+            assert_eq!(refused(private, &[other_port]), Some(error));
+            let port = Rule::parse(private, "udp", &["80", "50-60"]).unwrap();
+            assert_eq!(refused(private, &[port]), None);
+        }
+        assert_eq!(refused("2620:fe::fe", &[]), None);
     }
 
     #[test]
@@ -430,7 +603,7 @@ mod tests {
         let text = r#"{ "internet": false, "deny": [], "allow": [{ "cidr": "10.0.0.0/8",
             "protocol": "tcp", "ports": ["443", "8000-8999"] }], "allow_domains": ["*.example.com"] }"#;
         let policy: Policy = serde_json::from_str(text).unwrap();
-        policy.validate().unwrap();
+        assert_eq!(policy.violations(), []);
         assert_eq!(
             policy.allow[0].ports,
             [
@@ -441,26 +614,35 @@ mod tests {
         let back: Policy = serde_json::from_str(&serde_json::to_string(&policy).unwrap()).unwrap();
         assert_eq!(back, policy);
         for wrong in [
-            r#"{ "internets": true }"#,
-            r#"{ "allow": [{ "cidr": "10.0.0.0/40" }] }"#,
-            r#"{ "allow_domains": ["a b"] }"#,
-            r#"{ "dns_servers": ["dns.example.com"] }"#,
+            "{}",
+            r#"{ "internet": true, "internets": true }"#,
+            r#"{ "internet": true, "allow": [{ "cidr": "10.0.0.0/40" }] }"#,
+            r#"{ "internet": true, "allow_domains": ["a b"] }"#,
+            r#"{ "internet": true, "dns_servers": ["dns.example.com"] }"#,
         ] {
             assert!(serde_json::from_str::<Policy>(wrong).is_err(), "{wrong}");
         }
-        let too_many = Policy {
+        let ports = vec![Ports::new(1, 2).unwrap(); MAX_PORT_RANGES + 1];
+        let rule = Rule::parse("10.0.0.0/8", "any", &[]).unwrap();
+        let mut deny = vec![rule; MAX_RULES + 1];
+        deny[7].ports = ports;
+        let too_much = Policy {
+            deny,
             allow_domains: vec!["a.com".parse().unwrap(); MAX_DOMAINS + 1],
+            dns_servers: vec!["9.9.9.9".parse().unwrap(); MAX_DNS_SERVERS + 1],
             ..Policy::default()
         };
-        assert!(matches!(
-            too_many.validate(),
-            Err(PolicyError::TooMany { count: 257, .. })
-        ));
+        let found = too_much.violations();
+        let fields: Vec<&str> = found.iter().map(|found| found.field.as_str()).collect();
+        assert_eq!(
+            fields,
+            ["deny", "deny[7].ports", "allow_domains", "dns_servers"]
+        );
     }
 
     proptest! {
         #[test]
-        fn whatever_parses_is_harmless_as_text(text in "\\PC{0,40}") {
+        fn whatever_parses_is_harmless_as_text(text in "\\PC{0,40}|(\\*\\.)?[a-zA-Z0-9äß.*_-]{0,40}") {
             if let Ok(pattern) = text.parse::<DomainPattern>() {
                 let harmless = |byte: u8| byte.is_ascii_alphanumeric() || b"*.-_".contains(&byte);
                 prop_assert!(pattern.to_string().bytes().all(harmless));

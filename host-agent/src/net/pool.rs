@@ -1,6 +1,7 @@
 //! The slots of a host: those that wait, and those that sandboxes have.
 
 use std::collections::{HashMap, HashSet, VecDeque};
+use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixListener;
@@ -18,7 +19,7 @@ use super::denied::Denied;
 use super::host::{self, StartError};
 use super::mac::Mac;
 use super::nft;
-use super::policy::{DomainId, Policy};
+use super::policy::{DomainId, Policy, PolicyError, PolicyViolation};
 use super::ranges::Ends;
 use super::resolver::ResolverSockets;
 use super::rules;
@@ -264,6 +265,21 @@ impl Network {
             Ok(added) => added.map_err(NoSlot::Make),
             Err(_) => Err(NoSlot::NotReady),
         }
+    }
+
+    /// What this node cannot let `policy` have, beyond [`Policy::violations`]: the
+    /// host asks the resolvers, and must not ask itself or a sandbox.
+    pub async fn violations(&self, policy: &Policy) -> io::Result<Vec<PolicyViolation>> {
+        let mut found = Vec::new();
+        for (index, server) in policy.dns_servers.iter().enumerate() {
+            if self.maker.ranges.contains(*server) || self.maker.links.is_own(*server).await? {
+                found.push(PolicyViolation {
+                    field: format!("dns_servers[{index}]"),
+                    error: PolicyError::DnsServerOfHost(*server),
+                });
+            }
+        }
+        Ok(found)
     }
 
     /// Sets a sandbox's policy, all of it at one moment. What it still allows goes on

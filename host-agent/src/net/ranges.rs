@@ -6,6 +6,31 @@ use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 
 use crate::config::Network as Config;
 
+/// What is not the internet: this network, private use, shared with a carrier,
+/// loopback, link-local and metadata, protocol assignments, benchmarks, multicast
+/// and reserved (IANA's special-purpose registry, RFC 6890).
+pub(super) const NOT_INTERNET4: [Ipv4Net; 10] = [
+    ipv4(0, 0, 8),
+    ipv4(10, 0, 8),
+    ipv4(100, 64, 10),
+    ipv4(127, 0, 8),
+    ipv4(169, 254, 16),
+    ipv4(172, 16, 12),
+    ipv4(192, 0, 24),
+    ipv4(192, 168, 16),
+    ipv4(198, 18, 15),
+    ipv4(224, 0, 3),
+];
+/// All but global unicast, which is 2000::/3, and in that Teredo and 6to4, whose
+/// addresses have IPv4 addresses in them.
+pub(super) const NOT_INTERNET6: [Ipv6Net; 5] = [
+    ipv6(0, 3),
+    ipv6(0x2001, 32),
+    ipv6(0x2002, 16),
+    ipv6(0x4000, 2),
+    ipv6(0x8000, 1),
+];
+
 /// The configured ranges, cut into pairs: /31 and /127, the host's end first.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Ranges {
@@ -20,6 +45,22 @@ pub(super) struct Ends {
     pub(super) slot4: Ipv4Addr,
     pub(super) host6: Ipv6Addr,
     pub(super) slot6: Ipv6Addr,
+}
+
+/// Whether a guest may reach `address` as a part of the internet.
+pub fn is_internet(address: IpAddr) -> bool {
+    match address {
+        IpAddr::V4(address) => !NOT_INTERNET4.iter().any(|net| net.contains(&address)),
+        IpAddr::V6(address) => !NOT_INTERNET6.iter().any(|net| net.contains(&address)),
+    }
+}
+
+const fn ipv4(first: u8, second: u8, prefix: u8) -> Ipv4Net {
+    Ipv4Net::new_assert(Ipv4Addr::new(first, second, 0, 0), prefix)
+}
+
+const fn ipv6(first: u16, prefix: u8) -> Ipv6Net {
+    Ipv6Net::new_assert(Ipv6Addr::new(first, 0, 0, 0, 0, 0, 0, 0), prefix)
 }
 
 // === impl Ranges ===

@@ -10,7 +10,7 @@ use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 
 use super::mac::Mac;
 use super::policy::{DomainId, Policy, Ports, Protocol, Rule};
-use super::ranges::{Ends, Ranges};
+use super::ranges::{Ends, NOT_INTERNET4, NOT_INTERNET6, Ranges};
 use super::{GATEWAY4, GATEWAY6, GUEST4, GUEST4_NET, GUEST6, GUEST6_NET, LINKS, TAP, UPLINK};
 
 pub(super) const TABLE: &str = "soulbox";
@@ -18,15 +18,6 @@ pub(super) const TABLE: &str = "soulbox";
 pub(super) const LOG_GROUP: u16 = 1;
 /// Addresses that one domain may have opened at once, of each family.
 const DOMAIN_ADDRESSES: usize = 4096;
-
-/// What is not the internet: this network, private use, shared with a carrier,
-/// loopback, link-local and metadata, protocol assignments, benchmarks, multicast
-/// and reserved (IANA's special-purpose registry, RFC 6890).
-const NOT_INTERNET4: &str = "0.0.0.0/8, 10.0.0.0/8, 100.64.0.0/10, 127.0.0.0/8, 169.254.0.0/16, \
-     172.16.0.0/12, 192.0.0.0/24, 192.168.0.0/16, 198.18.0.0/15, 224.0.0.0/3";
-/// All but global unicast, which is 2000::/3, and in that Teredo and 6to4, whose
-/// addresses have IPv4 addresses in them.
-const NOT_INTERNET6: &str = "::/3, 2001::/32, 2002::/16, 4000::/2, 8000::/1";
 
 /// Why a packet was dropped; each is a counter, and the prefix of its log.
 pub(super) const REASONS: [&str; 6] = [
@@ -293,10 +284,12 @@ fn direction(
         }
     }
     rule(&format!(
-        "ip {address} {{ {NOT_INTERNET4} }} goto deny_private"
+        "ip {address} {{ {} }} goto deny_private",
+        join(&NOT_INTERNET4)
     ));
     rule(&format!(
-        "ip6 {address} {{ {NOT_INTERNET6} }} goto deny_private"
+        "ip6 {address} {{ {} }} goto deny_private",
+        join(&NOT_INTERNET6)
     ));
     if !policy.allow_domains.is_empty() {
         // What a domain has let through goes on when its answer is no longer valid.

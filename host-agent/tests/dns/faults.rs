@@ -76,7 +76,7 @@ async fn an_answer_to_something_else_is_not_believed() {
     let guest = Guest::start(&["api.test"], &[&upstream]).await;
     let told = guest.ask("api.test", RecordType::A).await;
     assert_eq!(told.answers, [a("api.test", "192.0.2.1", 60)]);
-    assert_eq!(guest.opened(), [opened(1, &["192.0.2.1"], 60)]);
+    assert_eq!(guest.opened(), [opened("api.test", &["192.0.2.1"], 60)]);
 }
 
 #[tokio::test]

@@ -14,7 +14,8 @@ use std::time::Duration;
 use hickory_proto::op::{Edns, Message, MessageType, OpCode, Query, ResponseCode};
 use hickory_proto::rr::rdata::{A, AAAA, CNAME};
 use hickory_proto::rr::{Name, RData, Record, RecordType};
-use soulbox_host::net::dns::{Limits, Opener, Others, Policy, Resolver, Rule};
+use soulbox_host::net::dns::{Limits, Opener, Others, Policy, Resolver};
+use soulbox_host::net::{DomainId, DomainPattern};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpListener, TcpStream, UdpSocket};
 use tokio::sync::{Semaphore, watch};
@@ -23,8 +24,8 @@ use tokio_util::task::AbortOnDropHandle;
 /// Only ever waited for in full by a test that fails.
 const LONG: Duration = Duration::from_secs(30);
 
-/// What a guest has been let through to: rule, addresses, lifetime.
-type Opened = (u32, Vec<IpAddr>, Duration);
+/// What a guest has been let through to: domain, addresses, lifetime.
+type Opened = (DomainId, Vec<IpAddr>, Duration);
 
 /// The slot's set of addresses.
 struct Slot {
@@ -53,12 +54,17 @@ struct Guest {
 
 #[tonic::async_trait]
 impl Opener for Slot {
-    async fn open(&self, rule: u32, addresses: &[IpAddr], lifetime: Duration) -> io::Result<()> {
+    async fn open(
+        &self,
+        domain: DomainId,
+        addresses: &[IpAddr],
+        lifetime: Duration,
+    ) -> io::Result<()> {
         self.may_open.acquire().await.unwrap().forget();
         if self.fails {
             return Err(io::Error::other("the set is full"));
         }
-        let opened = (rule, addresses.to_vec(), lifetime);
+        let opened = (domain, addresses.to_vec(), lifetime);
         self.opened.lock().unwrap().push(opened);
         Ok(())
     }
@@ -138,10 +144,10 @@ impl Upstream {
 // === impl Guest ===
 
 impl Guest {
-    /// One that may resolve these patterns by rules 1, 2, … .
-    async fn start(patterns: &[&str], upstreams: &[&Upstream]) -> Self {
+    /// One that may resolve these domains and no others.
+    async fn start(domains: &[&str], upstreams: &[&Upstream]) -> Self {
         let upstreams = upstreams.iter().map(|upstream| upstream.address);
-        let policy = policy(patterns, upstreams.collect());
+        let policy = policy(domains, upstreams.collect());
         Self::with(policy, Limits::default(), Slot::new(false)).await
     }
 
@@ -223,13 +229,9 @@ async fn receive(socket: &UdpSocket) -> Message {
     Message::from_vec(&buffer[..length]).unwrap()
 }
 
-fn policy(patterns: &[&str], upstreams: Vec<SocketAddr>) -> Policy {
-    let rules = patterns.iter().zip(1..).map(|(pattern, id)| Rule {
-        id,
-        pattern: pattern.parse().unwrap(),
-    });
+fn policy(domains: &[&str], upstreams: Vec<SocketAddr>) -> Policy {
     Policy {
-        rules: rules.collect(),
+        domains: domains.iter().map(|text| text.parse().unwrap()).collect(),
         others: Others::Refuse,
         upstreams,
         // As if 10.0.0.0/8 were denied.
@@ -283,9 +285,10 @@ fn alias(of: &str, target: &str, ttl: u32) -> Record {
     Record::from_rdata(name(of), ttl, RData::CNAME(CNAME(name(target))))
 }
 
-fn opened(rule: u32, addresses: &[&str], ttl_seconds: u64) -> Opened {
+fn opened(domain: &str, addresses: &[&str], ttl_seconds: u64) -> Opened {
+    let domain: DomainPattern = domain.parse().unwrap();
     let addresses = addresses.iter().map(|address| address.parse().unwrap());
     // An address stays open a little longer than it is remembered.
     let lifetime = Duration::from_secs(ttl_seconds + 5);
-    (rule, addresses.collect(), lifetime)
+    (domain.id(), addresses.collect(), lifetime)
 }

@@ -23,9 +23,11 @@ use std::io;
 use std::net::IpAddr;
 use std::time::Duration;
 
-pub use policy::{Filter, Others, Pattern, PatternError, Policy, Rule};
+pub use policy::{Filter, Others, Policy};
 pub use resolv_conf::{host_upstreams, parse as parse_resolv_conf};
 pub use server::Resolver;
+
+use super::DomainId;
 
 /// No answer is worth less than this: a guest must be able to use it.
 const MIN_TTL: Duration = Duration::from_secs(1);
@@ -38,10 +40,15 @@ const OPEN_LONGER: Duration = Duration::from_secs(5);
 /// Lets a guest reach addresses.
 #[tonic::async_trait]
 pub trait Opener: Send + Sync + 'static {
-    /// Opens what `rule` allows to `addresses` for `lifetime` from now; those that
+    /// Opens `addresses` as those of `domain` for `lifetime` from now; those that
     /// are open already stay so for at least that long. The guest is told of the
     /// addresses after this has returned, and not at all when it fails.
-    async fn open(&self, rule: u32, addresses: &[IpAddr], lifetime: Duration) -> io::Result<()>;
+    async fn open(
+        &self,
+        domain: DomainId,
+        addresses: &[IpAddr],
+        lifetime: Duration,
+    ) -> io::Result<()>;
 }
 
 /// What one guest may use of the host's resolver.

@@ -17,6 +17,7 @@ use super::message::{Query, Rejected};
 use super::select::{Selected, select};
 use super::upstream::{Upstreams, framed};
 use super::{Limits, MIN_TTL, OPEN_LONGER, Opener, Policy};
+use crate::net::DomainId;
 use crate::sync::lock;
 
 /// More than a question ever has.
@@ -167,7 +168,7 @@ impl Shared {
             Ok(query) => query,
             Err(Rejected(answer)) => return answer,
         };
-        let (selected, rules) = match self.look_up(&query).await {
+        let (selected, domains) = match self.look_up(&query).await {
             Ok(found) => found,
             Err(code) => return query.failed(code),
         };
@@ -178,7 +179,7 @@ impl Shared {
         if is_datagram && answer.len() > query.datagram_bytes() {
             return query.truncated();
         }
-        match self.open(&rules, &selected).await {
+        match self.open(&domains, &selected).await {
             Ok(()) => Some(answer),
             Err(error) => {
                 tracing::warn!(%error, name = %query.question.name(), "addresses could not be opened");
@@ -187,12 +188,12 @@ impl Shared {
         }
     }
 
-    /// What the guest may be told, and the rules that open it; or what it hears
+    /// What the guest may be told, and the domains that open it; or what it hears
     /// instead.
-    async fn look_up(&self, query: &Query) -> Result<(Selected, Vec<u32>), ResponseCode> {
+    async fn look_up(&self, query: &Query) -> Result<(Selected, Vec<DomainId>), ResponseCode> {
         let name = query.question.name();
         let policy = self.policy();
-        policy.rules_for(name).ok_or(ResponseCode::Refused)?;
+        policy.domains_of(name).ok_or(ResponseCode::Refused)?;
         if matches!(
             query.question.query_type(),
             RecordType::SVCB | RecordType::HTTPS
@@ -208,21 +209,21 @@ impl Shared {
         })?;
         // It may have changed in the meantime.
         let policy = self.policy();
-        let rules = policy.rules_for(name).ok_or(ResponseCode::Refused)?;
+        let domains = policy.domains_of(name).ok_or(ResponseCode::Refused)?;
         let selected = select(&query.question, &message, |address| {
             (policy.allowed)(address)
         });
-        Ok((selected, rules))
+        Ok((selected, domains))
     }
 
-    async fn open(&self, rules: &[u32], selected: &Selected) -> io::Result<()> {
+    async fn open(&self, domains: &[DomainId], selected: &Selected) -> io::Result<()> {
         if selected.addresses.is_empty() {
             return Ok(());
         }
-        for &rule in rules {
+        for &domain in domains {
             let lifetime = selected.ttl + OPEN_LONGER;
             self.opener
-                .open(rule, &selected.addresses, lifetime)
+                .open(domain, &selected.addresses, lifetime)
                 .await?;
         }
         Ok(())

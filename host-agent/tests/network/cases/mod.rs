@@ -38,7 +38,8 @@ cases! {
         many_slots_are_there_at_once;
     start: what_is_wrong_with_the_host_is_said,
         nftables_that_is_absent_or_refuses_is_said,
-        the_resolver_has_its_sockets;
+        the_resolver_has_its_sockets,
+        neither_the_host_nor_a_sandbox_is_asked_for_names;
     crashes: a_daemon_killed_at_any_step_leaves_nothing,
         a_live_sandbox_keeps_its_network,
         what_was_removed_from_a_live_slot_comes_back;
