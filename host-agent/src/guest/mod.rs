@@ -12,8 +12,8 @@ use std::time::{Duration, SystemTime};
 use soulbox_proto::guest::v1::process_service_client::ProcessServiceClient;
 use soulbox_proto::guest::v1::system_service_client::SystemServiceClient;
 use soulbox_proto::guest::v1::{
-    ConfigureRequest, ExecRequest, ExecResponse, HealthRequest, HealthResponse, Network, ProcessSpec,
-    ShutdownRequest, SuspendRequest, exec_request, exec_response, exited,
+    ConfigureRequest, ExecRequest, ExecResponse, HealthRequest, HealthResponse, Network,
+    ProcessSpec, ShutdownRequest, SuspendRequest, exec_request, exec_response, exited,
 };
 use tokio_stream::Stream;
 use tonic::transport::Channel;

@@ -28,8 +28,8 @@ mod warm;
 
 pub use create::Created;
 pub use error::{
-    CreateError, DeleteError, NetworkError, OperateError, RestoreError, SaveError, StartError, UseError,
-    WatchError,
+    CreateError, DeleteError, NetworkError, OperateError, RestoreError, SaveError, StartError,
+    UseError, WatchError,
 };
 pub use fork::Forked;
 pub use operate::Operated;

@@ -49,7 +49,7 @@ pub(super) struct Attached {
     /// Until the monitor has it.
     tap: Option<OwnedFd>,
     names: watch::Sender<Arc<dns::Policy>>,
-    resolver: AbortOnDropHandle<()>,
+    _resolver: AbortOnDropHandle<()>,
 }
 
 /// Opens addresses in one slot.
@@ -126,7 +126,11 @@ impl Networks {
 
     /// Serves the resolver of a slot. The sockets are made off the path of a create:
     /// a guest that asks within its first millisecond asks again.
-    fn resolve(&self, index: u32, names: watch::Receiver<Arc<dns::Policy>>) -> AbortOnDropHandle<()> {
+    fn resolve(
+        &self,
+        index: u32,
+        names: watch::Receiver<Arc<dns::Policy>>,
+    ) -> AbortOnDropHandle<()> {
         let slots = Arc::clone(&self.slots);
         let resolving = async move {
             let sockets = match slots.bind_resolver(index).await {
@@ -149,7 +153,9 @@ impl Networks {
                     Ok((udp, tcp)) => {
                         serving.spawn(resolver.serve(udp, tcp));
                     }
-                    Err(error) => tracing::error!(slot = index, %error, "a sandbox has no resolver"),
+                    Err(error) => {
+                        tracing::error!(slot = index, %error, "a sandbox has no resolver")
+                    }
                 }
             }
             while serving.join_next().await.is_some() {}
@@ -162,7 +168,7 @@ impl Networks {
         Attached {
             lease,
             tap,
-            resolver: self.resolve(lease.index, names.subscribe()),
+            _resolver: self.resolve(lease.index, names.subscribe()),
             names,
         }
     }
@@ -289,7 +295,10 @@ impl Actor {
         &'fd self,
         attach: &mut impl FnMut(BorrowedFd<'fd>) -> u32,
     ) -> proto::Net {
-        let tap = self.network.as_ref().and_then(|network| network.tap.as_ref());
+        let tap = self
+            .network
+            .as_ref()
+            .and_then(|network| network.tap.as_ref());
         let policy = self.record.network.as_ref();
         let limit = |limit: fn(&Policy) -> net::RateLimit| policy.map(limit).map(buckets);
         proto::Net {
@@ -377,7 +386,9 @@ impl Actor {
         });
         match machine.control.request(set, &[]).await {
             Ok(reply::Result::NetSet(_)) => Ok(()),
-            Ok(_) => Err(NetworkError::Monitor("it answered with something else".to_owned())),
+            Ok(_) => Err(NetworkError::Monitor(
+                "it answered with something else".to_owned(),
+            )),
             Err(error) => Err(NetworkError::Monitor(error.to_string())),
         }
     }

@@ -41,9 +41,8 @@ pub(super) fn carry(
     let (reader, writer) = tokio::io::split(stream);
     tokio::spawn(async move {
         let _call = call;
-        let carried = async {
-            tokio::try_join!(to_guest(requests, writer), from_guest(reader, &responses))
-        };
+        let carried =
+            async { tokio::try_join!(to_guest(requests, writer), from_guest(reader, &responses)) };
         let failed = tokio::select! {
             carried = carried => carried.err(),
             () = responses.closed() => None,
@@ -99,5 +98,7 @@ fn gone() -> Status {
 }
 
 fn lost(error: std::io::Error) -> Status {
-    Status::unavailable(format!("the connection to the sandbox broke ({error}); connect again"))
+    Status::unavailable(format!(
+        "the connection to the sandbox broke ({error}); connect again"
+    ))
 }

@@ -142,7 +142,10 @@ impl NetworkService for NetworkApi {
         let bind_address = match request.bind_address.as_str() {
             "" => None,
             text => Some(text.parse::<IpAddr>().map_err(|_| {
-                invalid("bind_address", "is no IP address; give one of this host".to_owned())
+                invalid(
+                    "bind_address",
+                    "is no IP address; give one of this host".to_owned(),
+                )
             })?),
         };
         let view = self.pool.view(&id).map_err(|error| status(&error))?;

@@ -1,10 +1,10 @@
 //! Hosts that do not fit, and what is said about it.
 
 use rustix::thread::{CapabilitySet, CapabilitySets};
-use soulbox_host::net::{Network, NftError, StartError};
+use soulbox_host::net::{Network, NftError, Policy, PolicyError, PolicyViolation, StartError};
 
 use super::Sandbox;
-use crate::world::{World, config, sh, state};
+use crate::world::{HOST, INTERNET, PRIVATE, World, config, sh, state};
 
 async fn refused(config: &soulbox_host::config::Network) -> StartError {
     match Network::start(config, &[]).await {
@@ -124,4 +124,42 @@ pub async fn the_resolver_has_its_sockets(_: World) {
     // No other port of the gateway.
     sandbox.guest.refused(crate::world::at("172.30.0.1", 54));
     assert!(sandbox.dropped("gateway").await >= 1);
+}
+
+pub async fn neither_the_host_nor_a_sandbox_is_asked_for_names(_: World) {
+    sh("ip addr add 198.51.100.7/24 dev wan; ip route add local 10.50.0.0/16 dev lo");
+    let sandbox = Sandbox::start().await;
+    let refused = [
+        // Also a second address of a link, and what is local by a route alone.
+        HOST[0],
+        HOST[1],
+        "198.51.100.7",
+        "198.51.100.255",
+        "10.50.1.2",
+        &sandbox.slot.ipv4.to_string(),
+        &sandbox.slot.ipv6.to_string(),
+        "10.213.200.1",
+    ];
+    let fine = ["198.51.100.1", INTERNET[0], INTERNET[1], PRIVATE[0]];
+    for (servers, is_refused) in [(&refused[..], true), (&fine, false)] {
+        for server in servers {
+            let policy = Policy {
+                dns_servers: vec![INTERNET[0].parse().unwrap(), server.parse().unwrap()],
+                ..Policy::default()
+            };
+            let found = sandbox.network.violations(&policy).await.unwrap();
+            let expected = is_refused.then(|| PolicyViolation {
+                field: "dns_servers[1]".to_owned(),
+                error: PolicyError::DnsServerOfHost(server.parse().unwrap()),
+            });
+            assert_eq!(found, Vec::from_iter(expected), "{server}");
+        }
+    }
+    // Where no way leads out, nobody is asked, and nothing fails.
+    sh("ip route del default; ip -6 route del default");
+    let policy = Policy {
+        dns_servers: INTERNET.map(|server| server.parse().unwrap()).to_vec(),
+        ..Policy::default()
+    };
+    assert_eq!(sandbox.network.violations(&policy).await.unwrap(), []);
 }
