@@ -206,10 +206,10 @@ mod tests {
         let path = folder.path().join("run/soulboxd.sock");
         fs::create_dir_all(path.parent().unwrap()).unwrap();
         drop(std::os::unix::net::UnixListener::bind(&path).unwrap());
-        let listeners = Listeners::bind(&config(&path)).unwrap();
+        let listeners = Listeners::bind(&config(&path), &Proxy::default()).unwrap();
         assert_eq!(fs::metadata(&path).unwrap().mode() & 0o777, 0o660);
         assert!(matches!(
-            Listeners::bind(&config(&path)),
+            Listeners::bind(&config(&path), &Proxy::default()),
             Err(ListenError::InUse { .. })
         ));
         drop(listeners);
@@ -222,7 +222,7 @@ mod tests {
         let path = folder.path().join("soulboxd.sock");
         fs::write(&path, "precious").unwrap();
         assert!(matches!(
-            Listeners::bind(&config(&path)),
+            Listeners::bind(&config(&path), &Proxy::default()),
             Err(ListenError::NoSocket { .. })
         ));
         assert_eq!(fs::read_to_string(&path).unwrap(), "precious");

@@ -63,7 +63,7 @@ pub struct SandboxRecord {
     pub base: Base,
     /// What it may reach; none: it has no network.
     #[serde(default)]
-    pub network: Option<Policy>,
+    pub network: Option<Box<Policy>>,
     /// Its network, while it has a monitor.
     #[serde(default)]
     pub slot: Option<Lease>,

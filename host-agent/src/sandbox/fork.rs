@@ -136,7 +136,7 @@ impl Pool {
     }
 
     /// What its children take, and what they may reach.
-    fn check_forkable(&self, id: &SandboxId) -> Result<(Resources, Option<Policy>), OperateError> {
+    fn check_forkable(&self, id: &SandboxId) -> Result<(Resources, Option<Box<Policy>>), OperateError> {
         if self.is_draining() {
             return Err(OperateError::Draining);
         }

@@ -75,7 +75,7 @@ impl Networks {
             .filter(|record| is_live(record.state))
             .filter_map(|record| {
                 let Lease { index, mac, .. } = record.slot?;
-                let policy = record.network.clone()?;
+                let policy = *record.network.clone()?;
                 Some(((index, record.id.clone()), LiveSlot { index, mac, policy }))
             })
             .unzip();
@@ -154,7 +154,7 @@ impl Networks {
                         serving.spawn(resolver.serve(udp, tcp));
                     }
                     Err(error) => {
-                        tracing::error!(slot = index, %error, "a sandbox has no resolver")
+                        tracing::error!(slot = index, %error, "a sandbox has no resolver");
                     }
                 }
             }
@@ -201,11 +201,11 @@ impl dns::Opener for SlotOpener {
 
 impl Pool {
     /// What a new sandbox may reach.
-    pub(super) fn network_of(&self, spec: NetworkSpec) -> Result<Option<Policy>, CreateError> {
+    pub(super) fn network_of(&self, spec: NetworkSpec) -> Result<Option<Box<Policy>>, CreateError> {
         match (spec, &self.networks) {
             (NetworkSpec::None, _) | (NetworkSpec::Default, None) => Ok(None),
-            (NetworkSpec::Default, Some(_)) => Ok(Some(Policy::default())),
-            (NetworkSpec::Policy(policy), Some(_)) => Ok(Some(*policy)),
+            (NetworkSpec::Default, Some(_)) => Ok(Some(Box::default())),
+            (NetworkSpec::Policy(policy), Some(_)) => Ok(Some(policy)),
             (NetworkSpec::Policy(_), None) => Err(CreateError::Network(NetworkError::Off)),
         }
     }
@@ -299,7 +299,7 @@ impl Actor {
             .network
             .as_ref()
             .and_then(|network| network.tap.as_ref());
-        let policy = self.record.network.as_ref();
+        let policy = self.record.network.as_deref();
         let limit = |limit: fn(&Policy) -> net::RateLimit| policy.map(limit).map(buckets);
         proto::Net {
             mac: self.mac().bytes().to_vec(),
@@ -349,7 +349,10 @@ impl Actor {
     }
 
     /// Replaces the policy of a sandbox that runs or is paused.
-    pub(super) async fn set_policy(&mut self, policy: Policy) -> Result<Policy, NetworkError> {
+    pub(super) async fn set_policy(
+        &mut self,
+        policy: Box<Policy>,
+    ) -> Result<Policy, NetworkError> {
         if self.record.network.is_none() {
             return Err(NetworkError::None(self.record.id.clone()));
         }
@@ -367,7 +370,7 @@ impl Actor {
             return Err(error);
         }
         self.publish();
-        Ok(policy)
+        Ok(*policy)
     }
 
     async fn enforce(&self, policy: &Policy) -> Result<(), NetworkError> {

@@ -198,7 +198,7 @@ impl Actor {
                 let _ = done.send(outcome);
             }
             Operation::SetNetwork { policy, done } => {
-                let outcome = self.set_policy(*policy).await;
+                let outcome = self.set_policy(policy).await;
                 let _ = done.send(outcome.map_err(Into::into));
             }
         }

@@ -107,7 +107,7 @@ impl NetworkService for NetworkApi {
             None => None,
         };
         Ok(Response::new(proto::GetNetworkResponse {
-            policy: record.network.as_ref().map(convert::policy_to_proto),
+            policy: record.network.as_deref().map(convert::policy_to_proto),
             addresses: convert::addresses(&record),
             usage,
         }))

@@ -34,7 +34,7 @@ pub(super) fn sandbox(record: &SandboxRecord) -> proto::Sandbox {
             .parent
             .as_ref()
             .map_or_else(String::new, ToString::to_string),
-        network: record.network.as_ref().map(policy_to_proto),
+        network: record.network.as_deref().map(policy_to_proto),
         addresses: addresses(record),
     }
 }
