@@ -96,8 +96,18 @@ impl Host {
 
     /// Starts a daemon and waits until it serves.
     pub fn start(&self) -> Daemon {
-        let mut child = self
-            .soulboxd()
+        self.start_as(self.soulboxd())
+    }
+
+    /// As [`Self::start`], by a program that executes what its arguments say.
+    pub fn start_through(&self, mut launcher: Command) -> Daemon {
+        let soulboxd = self.soulboxd();
+        launcher.arg(soulboxd.get_program()).args(soulboxd.get_args());
+        self.start_as(launcher)
+    }
+
+    fn start_as(&self, mut command: Command) -> Daemon {
+        let mut child = command
             .stdin(Stdio::null())
             .stderr(Stdio::piped())
             .spawn()
