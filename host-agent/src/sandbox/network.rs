@@ -231,11 +231,12 @@ impl Pool {
 // === impl Actor ===
 
 impl Actor {
-    /// Takes a slot for the machine that is about to be made. On an error, or when
-    /// this is dropped, what there is of it is in `self`.
-    pub(super) async fn attach(&mut self) -> Result<(), StartError> {
+    /// Takes a slot for the machine that is about to be made, if it is to have a
+    /// network, and tells whether it is. On an error, or when this is dropped, what
+    /// there is of it is in `self`.
+    pub(super) async fn attach(&mut self) -> Result<bool, StartError> {
         let Some(policy) = self.record.network.clone() else {
-            return Ok(());
+            return Ok(false);
         };
         let pool = Arc::clone(&self.pool);
         let networks = pool.networks.as_ref().ok_or(NetworkError::Off)?;
@@ -255,7 +256,8 @@ impl Actor {
         self.network = Some(networks.attached(lease, Some(slot.tap), &policy));
         // Before its guest can send a packet.
         let applied = networks.slots.apply(lease.index, &policy).await;
-        Ok(applied.map_err(NetworkError::from)?)
+        applied.map_err(NetworkError::from)?;
+        Ok(true)
     }
 
     /// Takes up the slot that a sandbox has kept while no daemon ran.

@@ -151,8 +151,9 @@ impl Actor {
             self.files.create(self.record.layer)?
         };
         watch.lap("prepare");
-        self.attach().await?;
-        watch.lap("network");
+        if self.attach().await? {
+            watch.lap("network");
+        }
 
         let launched = self.launch(Wanted::Shell, watch)?;
         // The monitor's log tells whose it is, so that nothing is lost when the

@@ -113,8 +113,9 @@ impl Actor {
     ) -> Result<(), StartError> {
         let files = self.files.create(self.record.layer)?;
         watch.lap("prepare");
-        self.attach().await?;
-        watch.lap("network");
+        if self.attach().await? {
+            watch.lap("network");
+        }
 
         let launched = self.launch(Wanted::New, watch)?;
         self.note().await?;
