@@ -1,20 +1,24 @@
 //! What a network adds to a restore into a shell.
 
 use std::path::Path;
+use std::time::Duration;
 
 use anyhow::Result;
 use kvm_ioctls::Kvm;
+use soulbox_host::net::Slot;
 use soulbox_vmm::testing::Monitor;
 
 use super::slots::{READY, Slots};
 use crate::clock::{ms_between, ms_since, now_ns};
 use crate::floor;
-use crate::machine::{Snapshot, Started};
+use crate::machine::{self, Snapshot, Started};
 use crate::report::{Promise, Report, Row, ms, progress};
 use crate::scratch::Scratch;
 
 /// Rounds that warm the page cache and the allocators; they are not kept.
 const WARM_UP: u32 = 5;
+/// How old a VM is at least before it is ended, as in `cold-start`.
+const SETTLED: Duration = Duration::from_millis(50);
 
 /// What a guest is restored with.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -34,6 +38,8 @@ enum With {
 struct Starts {
     floor: Vec<f64>,
     to_byte: [Vec<f64>; With::ALL.len()],
+    /// Shutdown to the process being gone.
+    shut_down: [Vec<f64>; With::ALL.len()],
 }
 
 /// The snapshots of a guest without a network device and of one with it.
@@ -112,7 +118,8 @@ impl Starts {
             .iter()
             .map(|with| snapshots.of(*with).prepare(program))
             .collect::<Result<Vec<Monitor>>>()?;
-        let mut used = vec![slots.take()?];
+        let Slot { index, tap, .. } = slots.take()?;
+        let (mut used, mut early) = (vec![index], Some(tap));
         for turn in 0..With::ALL.len() {
             let place = (round + turn) % With::ALL.len();
             let with = With::ALL[place];
@@ -120,42 +127,55 @@ impl Starts {
             self.floor.push(ms(floor::to_first_exit(kvm)?));
 
             let start = now_ns();
-            if with == With::Take {
-                used.push(slots.take()?);
-            }
-            let took = ms_since(start);
             let tap = match with {
                 With::NoDevice | With::NoTap => None,
-                With::Tap => Some(used[0].tap.try_clone()?),
-                With::Take => used.last().map(|slot| slot.tap.try_clone()).transpose()?,
+                With::Tap => early.take(),
+                With::Take => {
+                    let Slot { index, tap, .. } = slots.take()?;
+                    used.push(index);
+                    Some(tap)
+                }
             };
+            let took = ms_since(start);
             let snapshot = snapshots.of(with);
             let Started {
                 sent_ns, byte_ns, ..
             } = snapshot.restore_on(&mut shells[place], true, tap)?;
             self.to_byte[place].push(took + ms_between(sent_ns, byte_ns));
         }
-        drop(shells);
-        for slot in used {
-            slots.release(slot)?;
+        slots.await_ready()?;
+        std::thread::sleep(SETTLED);
+        for (shell, samples) in shells.iter_mut().zip(&mut self.shut_down) {
+            let start = now_ns();
+            machine::shut_down(shell)?;
+            samples.push(ms_since(start));
+        }
+        for index in used {
+            slots.release(index)?;
         }
         Ok(())
     }
 
     fn report(self, report: &mut Report) {
         let floor = Row::new("floor: ioctls to first exit, in process", "ms", self.floor);
-        let [without, no_tap, tap, take] = {
-            let mut names = With::ALL.iter().map(|with| with.name());
-            self.to_byte.map(|samples| {
-                let name = names.next().unwrap_or_default();
-                Row::new(format!("restore to first byte, {name}"), "ms", samples).beside(&floor)
-            })
-        };
+        let restores = rows("restore to first byte", self.to_byte).map(|row| row.beside(&floor));
         report.promises.push(Promise::at_most(
             "a create with a network, p50 ms later than without",
-            take.p50 - without.p50,
+            restores[3].p50 - restores[0].p50,
             0.3,
         ));
-        report.rows.extend([floor, without, no_tap, tap, take]);
+        report.rows.push(floor);
+        report.rows.extend(restores);
+        // The last two are the same by then.
+        let ends = rows("Shutdown to process gone", self.shut_down);
+        report.rows.extend(ends.into_iter().take(3));
     }
+}
+
+fn rows(what: &str, samples: [Vec<f64>; With::ALL.len()]) -> [Row; With::ALL.len()] {
+    let mut all = With::ALL.iter();
+    samples.map(|samples| {
+        let with = all.next().map_or("", |with| with.name());
+        Row::new(format!("{what}, {with}"), "ms", samples)
+    })
 }

@@ -40,6 +40,7 @@ struct Lives {
     resolver: Vec<f64>,
     apply: Vec<f64>,
     counters: Vec<f64>,
+    close: Vec<f64>,
     release: Vec<f64>,
 }
 
@@ -78,21 +79,19 @@ impl Slots {
         self.network.take().context("taking a slot that is ready")
     }
 
-    /// Its monitor is gone.
-    pub(super) fn release(&self, slot: Slot) -> Result<()> {
-        let index = slot.index;
-        drop(slot);
+    /// Of a slot whose TAP nobody has any more.
+    pub(super) fn release(&self, index: u32) -> Result<()> {
         Ok(self.runtime.block_on(self.network.release(index))?)
     }
 
     /// All at once, as when a host is emptied.
     fn release_all(&self, slots: Vec<Slot>) -> Result<()> {
+        let indices: Vec<u32> = slots.iter().map(|slot| slot.index).collect();
+        drop(slots);
         self.runtime.block_on(async {
             let mut releases = JoinSet::new();
-            for slot in slots {
+            for index in indices {
                 let network = Arc::clone(&self.network);
-                let index = slot.index;
-                drop(slot);
                 releases.spawn(async move { network.release(index).await });
             }
             let released: Result<Vec<()>, _> = releases.join_all().await.into_iter().collect();
@@ -149,8 +148,13 @@ impl Lives {
         runtime.block_on(network.counters(slot.index))?;
         self.counters.push(ms(start.elapsed()));
 
+        let Slot { index, tap, .. } = slot;
         let start = Instant::now();
-        slots.release(slot)?;
+        drop(tap);
+        self.close.push(ms(start.elapsed()));
+
+        let start = Instant::now();
+        slots.release(index)?;
         self.release.push(ms(start.elapsed()));
         Ok(())
     }
@@ -167,6 +171,7 @@ impl Lives {
             Row::new("slot: sockets for its resolver", "ms", self.resolver),
             Row::new("slot: applying a policy", "ms", self.apply),
             Row::new("slot: reading its counters", "ms", self.counters),
+            Row::new("slot: closing its TAP", "ms", self.close),
             Row::new("slot: release until it is gone", "ms", self.release),
         ]);
     }
