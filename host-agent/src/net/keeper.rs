@@ -14,6 +14,9 @@ use crate::sync::lock;
 const LOOK: Duration = Duration::from_secs(1);
 /// How long no slot can be made before the next try.
 const TRY_AGAIN: Duration = Duration::from_secs(5);
+/// How long making more can wait while there are plenty: whoever has just taken one
+/// is about to start a guest, and making slots holds locks that this needs.
+const LATER: Duration = Duration::from_millis(30);
 /// How many are made at once. The kernel makes links one after another, but nft
 /// and the waits for RCU run beside that.
 const AT_ONCE: usize = 4;
@@ -39,7 +42,15 @@ impl Network {
             // One that has just been notified is looked at once.
             let change = timeout(LOOK, self.changed.notified());
             self.leaving.run_until_cancelled(change).await;
+            if self.has_plenty() {
+                self.leaving.run_until_cancelled(sleep(LATER)).await;
+            }
         }
+    }
+
+    /// Whether more wait than half of those that should.
+    fn has_plenty(&self) -> bool {
+        lock(&self.pool).ready.len() > self.ready_wanted / 2
     }
 
     async fn refill(self: &Arc<Self>) -> Result<(), SlotError> {
