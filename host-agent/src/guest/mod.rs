@@ -84,6 +84,7 @@ impl Guest {
             entropy: entropy.into(),
             new_identity,
             network: None,
+            reset_connections: false,
         };
         self.system().configure(request).await?;
         Ok(())
