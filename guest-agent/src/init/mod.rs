@@ -15,7 +15,7 @@ use std::io;
 use rustix::process::{Resource, Rlimit, setrlimit};
 use rustix::system::sethostname;
 
-use crate::system::{FILES, lay_over};
+use crate::system::{FILES, lay_over, loopback_up};
 
 /// A distribution's usual limits of open files: programs start with the soft one
 /// and may raise it to the hard one.
@@ -39,7 +39,7 @@ pub(crate) fn set_up() {
     for path in FILES {
         attempt(path, lay_over(path));
     }
-    attempt("lo", crate::sys::net::loopback_up());
+    attempt("lo", loopback_up());
     let limit = setrlimit(
         Resource::Nofile,
         Rlimit {

@@ -3,7 +3,6 @@
 #![allow(unsafe_code)]
 
 pub(crate) mod disk;
-pub(crate) mod net;
 pub(crate) mod process;
 pub(crate) mod random;
 pub(crate) mod spawn;

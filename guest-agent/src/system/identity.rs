@@ -1,5 +1,5 @@
 //! What makes a guest this one and no other: its random numbers, its name, its
-//! machine-id and boot id, its clock.
+//! machine-id and boot id, its network, its clock.
 //!
 //! The agent itself has nothing that would have to change with them: what `std`
 //! seeds its hash maps with, and tokio the order in which it polls, are no secrets
@@ -12,8 +12,8 @@ use bytes::Bytes;
 use rustix::system::sethostname;
 use rustix::time::{ClockId, Timespec, clock_settime};
 use soulbox_proto::guest::v1::ConfigureRequest;
-use tonic_types::FieldViolation;
 
+use super::network::{self, Network, NetworkError, Nic, ResetError};
 use super::overlay::{self, lay_over};
 use crate::spec::Violations;
 use crate::sys::random::{MAX_ENTROPY_BYTES, add_entropy, reseed};
@@ -25,21 +25,30 @@ pub(crate) struct Identity {
     /// None: the guest keeps its name, even where the rest of it is new.
     hostname: Option<String>,
     is_new: bool,
+    network: Option<Network>,
+    resets_connections: bool,
     clock: Option<Timespec>,
 }
 
 #[derive(Debug, thiserror::Error)]
-#[error("the guest could not be given its {what}")]
-pub(crate) struct AssumeError {
-    what: &'static str,
-    source: io::Error,
+pub(crate) enum AssumeError {
+    #[error("the guest could not be given its {what}")]
+    Own {
+        what: &'static str,
+        source: io::Error,
+    },
+    #[error(transparent)]
+    Network(#[from] NetworkError),
+    #[error(transparent)]
+    Reset(#[from] ResetError),
 }
 
 /// The files of /etc that are in memory; see [`overlay`].
-pub(crate) const FILES: [&str; 3] = [HOSTNAME, HOSTS, MACHINE_ID];
+pub(crate) const FILES: [&str; 4] = [HOSTNAME, HOSTS, MACHINE_ID, RESOLV_CONF];
 const HOSTNAME: &str = "/etc/hostname";
 const HOSTS: &str = "/etc/hosts";
 const MACHINE_ID: &str = "/etc/machine-id";
+const RESOLV_CONF: &str = "/etc/resolv.conf";
 const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
 
 /// HOST_NAME_MAX of Linux.
@@ -53,48 +62,50 @@ impl TryFrom<ConfigureRequest> for Identity {
     type Error = Violations;
 
     fn try_from(request: ConfigureRequest) -> Result<Self, Violations> {
-        let mut violations = Vec::new();
+        let mut violations = Violations::default();
         if request.entropy.len() > MAX_ENTROPY_BYTES {
             let problem = format!("must have at most {MAX_ENTROPY_BYTES} bytes");
-            violations.push(FieldViolation::new("entropy", problem));
+            violations.add("entropy", problem);
         }
         let hostname = Some(request.hostname).filter(|name| !name.is_empty());
         if hostname.as_ref().is_some_and(|name| !is_hostname(name)) {
             let problem = "must be letters, digits, \"-\" and \".\", at most 64, and begin and end \
                            with a letter or digit";
-            violations.push(FieldViolation::new("hostname", problem));
+            violations.add("hostname", problem);
         }
         let clock = request.wall_clock.map(|time| {
             let sound = time.seconds >= 0 && (0..1_000_000_000).contains(&time.nanos);
             if !sound {
                 let problem = "must be after 1970 and have nanos from 0 to 999999999";
-                violations.push(FieldViolation::new("wall_clock", problem));
+                violations.add("wall_clock", problem);
             }
             Timespec {
                 tv_sec: time.seconds,
                 tv_nsec: time.nanos.into(),
             }
         });
-        if violations.is_empty() {
-            Ok(Self {
-                entropy: request.entropy,
-                hostname,
-                is_new: request.new_identity,
-                clock,
-            })
-        } else {
-            Err(Violations(violations))
-        }
+        let network = request.network.as_ref();
+        let network = network.map(|network| Network::check(network, &mut violations));
+        violations.into_result()?;
+        Ok(Self {
+            entropy: request.entropy,
+            hostname,
+            is_new: request.new_identity,
+            network,
+            resets_connections: request.reset_connections,
+            clock,
+        })
     }
 }
 
 impl Identity {
     /// Makes the guest be this; the `first` time with ids of its own in any case,
     /// since the template has none. Entropy before them, because they are made of
-    /// it; the clock last: the files should not delay it. Can be repeated, also
-    /// after it has failed half-way.
-    pub(crate) fn assume(&self, first: bool) -> Result<(), AssumeError> {
-        let error = |what| move |source| AssumeError { what, source };
+    /// it; the network before connections are reset, whose peers would hear of it
+    /// from the Ethernet address of another guest; the clock last: nothing should
+    /// delay it. Can be repeated, also after it has failed half-way.
+    pub(crate) fn assume(&self, first: bool, nic: Nic) -> Result<(), AssumeError> {
+        let error = |what| move |source| AssumeError::Own { what, source };
         if !self.entropy.is_empty() {
             seed(&self.entropy).map_err(error("entropy"))?;
         }
@@ -104,6 +115,18 @@ impl Identity {
         if self.is_new || first {
             take_machine_id().map_err(error("machine-id"))?;
             take_boot_id().map_err(error("boot id"))?;
+        }
+        match &self.network {
+            Some(network) => {
+                nic.connect(network)?;
+                let text = network.resolv_conf();
+                let written = overlay::write(RESOLV_CONF, text.as_bytes());
+                written.map_err(error("resolv.conf"))?;
+            }
+            None => nic.disconnect()?,
+        }
+        if self.resets_connections {
+            network::reset()?;
         }
         if let Some(clock) = self.clock {
             let set = clock_settime(ClockId::Realtime, clock);

@@ -2,6 +2,7 @@
 
 mod health;
 mod identity;
+mod network;
 mod overlay;
 mod shutdown;
 
@@ -18,7 +19,9 @@ use tonic::{Code, Request, Response, Status};
 
 pub(crate) use self::health::boot_time_us;
 pub(crate) use self::identity::FILES;
-use self::identity::Identity;
+use self::identity::{AssumeError, Identity};
+use self::network::Nic;
+pub(crate) use self::network::loopback_up;
 pub(crate) use self::overlay::lay_over;
 pub(crate) use self::shutdown::{power_off, stop_programs};
 use crate::exec::{Processes, SuspendError};
@@ -33,9 +36,17 @@ pub(crate) struct System {
     /// Only PID 1 of a guest names it, stops it and turns it off; elsewhere that
     /// would be the machine of whoever runs the tests.
     is_init: bool,
-    /// Whether Configure has been done. Suspend and Configure hold it while they
-    /// work: what one of them leaves must not depend on when the other came.
-    configured: Arc<Mutex<bool>>,
+    /// Suspend and Configure hold it while they work: what one of them leaves must
+    /// not depend on when the other came.
+    configured: Arc<Mutex<Configured>>,
+}
+
+#[derive(Debug, Default)]
+struct Configured {
+    /// Whether Configure has been done.
+    once: bool,
+    /// Known from the first Configure on, before which no program is meant to run.
+    nic: Option<Nic>,
 }
 
 // === impl System ===
@@ -59,6 +70,20 @@ impl System {
     }
 }
 
+// === impl Configured ===
+
+impl Configured {
+    fn assume(&mut self, identity: &Identity) -> Result<(), AssumeError> {
+        let nic = match self.nic {
+            Some(nic) => nic,
+            None => *self.nic.insert(Nic::find()?),
+        };
+        identity.assume(!self.once, nic)?;
+        self.once = true;
+        Ok(())
+    }
+}
+
 #[tonic::async_trait]
 impl SystemService for System {
     async fn configure(
@@ -69,9 +94,8 @@ impl SystemService for System {
         self.must_be_init()?;
         let mut configured = self.configured.lock().await;
         let failed = |message| refused(Code::Internal, "NOT_CONFIGURED", message);
-        let assumed = identity.assume(!*configured);
+        let assumed = configured.assume(&identity);
         assumed.map_err(|error| failed(told(&error)))?;
-        *configured = true;
         // Not before everything else has been done.
         let resumed = self.processes.resume();
         resumed.map_err(|error| failed(format!("programs could not be let go on: {error}")))?;

@@ -46,6 +46,8 @@ pub enum Identity<'a> {
     New(&'a str),
     /// The one that it had.
     Same,
+    /// The one that it had, on another machine.
+    Resumed,
 }
 
 // === impl Guest ===
@@ -80,7 +82,7 @@ impl Guest {
         filled.map_err(|error| Status::internal(format!("the host has no randomness: {error}")))?;
         let (hostname, new_identity) = match identity {
             Identity::New(name) => (name.to_owned(), true),
-            Identity::Same => (String::new(), false),
+            Identity::Same | Identity::Resumed => (String::new(), false),
         };
         let request = ConfigureRequest {
             hostname,
@@ -88,6 +90,7 @@ impl Guest {
             entropy: entropy.into(),
             new_identity,
             network,
+            reset_connections: identity != Identity::Same,
         };
         self.system().configure(request).await?;
         Ok(())

@@ -340,7 +340,7 @@ impl Actor {
         mut watch: Stopwatch,
     ) -> Result<Operated, OperateError> {
         let restored = self
-            .restore_layers(&plan, layers, Identity::Same, &mut watch)
+            .restore_layers(&plan, layers, Identity::Resumed, &mut watch)
             .await;
         let ran = match restored {
             Ok(()) => self.transition(Transition::Run).await,

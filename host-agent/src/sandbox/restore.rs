@@ -145,7 +145,7 @@ impl Actor {
         identity: Identity<'_>,
         watch: &mut Stopwatch,
     ) -> Result<(), StartError> {
-        let files = if identity == Identity::Same {
+        let files = if identity == Identity::Resumed {
             self.files.renew(self.record.layer)?
         } else {
             self.files.create(self.record.layer)?
