@@ -3,6 +3,7 @@
 mod args;
 mod commands;
 mod connect;
+mod deletions;
 mod error;
 mod exec;
 mod output;
