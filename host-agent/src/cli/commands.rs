@@ -14,7 +14,7 @@ use super::{output, run};
 type Labels = Vec<(String, String)>;
 
 pub(super) async fn create(host: &Host, format: Output, args: CreateArgs) -> Result<u8, CliError> {
-    let request = run::create_request(args.sandbox, args.request_id);
+    let request = run::create_request(args.sandbox, args.request_id)?;
     let created = host.sandboxes().await?.create_sandbox(request).await?;
     let created = created.into_inner();
     tell(format, created.sandbox, args.timings, &created.stages)

@@ -1,7 +1,7 @@
 //! gRPC: what travels in and out, and nothing that decides.
 
 mod agent;
-mod convert;
+pub(crate) mod convert;
 mod exec;
 mod node;
 mod sandboxes;

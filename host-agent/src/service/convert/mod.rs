@@ -1,5 +1,7 @@
 //! Records as the protocol shows them.
 
+mod network;
+
 use soulbox_proto::host::v1 as proto;
 
 use crate::admission::Amounts;
@@ -7,6 +9,8 @@ use crate::record::{Resources, SandboxRecord, SnapshotRecord, State};
 use crate::sandbox::Created;
 use crate::template::TemplateSummary;
 use crate::time::Stage;
+
+pub(crate) use network::{policy_from_proto, policy_to_proto};
 
 pub(super) fn sandbox(record: &SandboxRecord) -> proto::Sandbox {
     proto::Sandbox {
