@@ -101,7 +101,9 @@ pub(super) enum Command {
     ///
     /// Works without a network in the sandbox, and as a ProxyCommand of ssh.
     Connect {
+        /// The sandbox.
         id: String,
+        /// Of a server in it.
         #[arg(value_parser = clap::value_parser!(u16).range(1..))]
         port: u16,
     },

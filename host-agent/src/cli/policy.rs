@@ -169,16 +169,18 @@ fn parse(text: &str) -> Result<Policy, String> {
         json.end().map_err(|error| error.to_string())?;
         return Ok(policy);
     }
-    let toml = toml::Deserializer::parse(text).map_err(|error| error.to_string())?;
+    let toml =
+        toml::Deserializer::parse(text).map_err(|error| error.to_string().trim_end().to_owned())?;
     serde_path_to_error::deserialize(toml).map_err(located)
 }
 
 fn located<E: std::fmt::Display>(error: serde_path_to_error::Error<E>) -> String {
-    let path = error.path().to_string();
-    match path.as_str() {
+    let field = error.path().to_string();
+    let said = error.into_inner().to_string();
+    match field.as_str() {
         // Of the whole.
-        "." => error.into_inner().to_string(),
-        field => format!("{field}: {}", error.into_inner()),
+        "." => said.trim_end().to_owned(),
+        field => format!("{field}: {}", said.trim_end()),
     }
 }
 
