@@ -39,6 +39,7 @@ lint: ## Formatting, clippy and shellcheck
 	shellcheck -x $(scripts)
 
 bench: images ## The figures of docs/performance.md
+	images/setup bench
 	cargo run --release -p soulbox-benches -- cold-start --alive 1000 \
 	    --svg $(target)/cold-start.svg --json $(target)/cold-start.json
 	images/bench/run $(addprefix --file $(target)/,soulbox-benches soulboxd soulbox-vmm) \
@@ -46,6 +47,13 @@ bench: images ## The figures of docs/performance.md
 	    --file "$$(realpath $(cache)/templates/current)" -- $(target)/soulbox-benches \
 	    cold-start --daemon $(target) --templates $(cache)/templates/current \
 	    --svg $(target)/bench/cold-start.svg --json $(target)/bench/cold-start.json
+	cargo run --release -p soulbox-benches -- net \
+	    --svg $(target)/net.svg --json $(target)/net.json
+	images/bench/run $(addprefix --file $(target)/,soulbox-benches soulboxd soulbox-vmm) \
+	    --results $(target)/bench --timeout 3000 \
+	    --file "$$(realpath $(cache)/templates/current)" -- $(target)/soulbox-benches \
+	    net --daemon $(target) --templates $(cache)/templates/current \
+	    --svg $(target)/bench/net.svg --json $(target)/bench/net.json
 	images/bench/run $(addprefix --file $(target)/,soulbox-benches soulbox-vmm) \
 	    --file "$$(realpath $(cache)/templates/current)" -- \
 	    $(target)/soulbox-benches boot --template $(cache)/templates/current/base

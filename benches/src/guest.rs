@@ -7,8 +7,16 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 use anyhow::{Context, Result, bail};
+use soulbox_vmm::devices::DeviceState;
 use soulbox_vmm::machine::layout::COM1_PORT;
+use soulbox_vmm::snapshot;
 use soulbox_vmm::testing::{code, tiny_guest};
+use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
+use virtio_bindings::virtio_net::{
+    VIRTIO_NET_F_CSUM, VIRTIO_NET_F_GUEST_CSUM, VIRTIO_NET_F_GUEST_TSO4, VIRTIO_NET_F_GUEST_TSO6,
+    VIRTIO_NET_F_HOST_TSO4, VIRTIO_NET_F_HOST_TSO6, VIRTIO_NET_F_MRG_RXBUF, VIRTIO_NET_F_STATUS,
+};
+use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 
 /// What the guest writes to its console when its memory is dirty, and when it
 /// runs again after a restore. Bytes that no log line has, for another monitor's
@@ -18,6 +26,24 @@ pub(crate) const RESTORED: u8 = 0x02;
 
 /// The byte it waits for, in RAM that is dirtied by nothing else.
 const GO_ADDRESS: u32 = 0x20_0000;
+/// Where the rings of its network device lie, if it has one: zeros, so nothing is
+/// in them.
+const RINGS: u64 = 0x30_0000;
+const QUEUE_SIZE: u16 = 256;
+/// What Linux's driver takes.
+const NET_FEATURES: u64 = 1 << VIRTIO_F_VERSION_1
+    | 1 << VIRTIO_NET_F_CSUM
+    | 1 << VIRTIO_NET_F_GUEST_CSUM
+    | 1 << VIRTIO_NET_F_GUEST_TSO4
+    | 1 << VIRTIO_NET_F_GUEST_TSO6
+    | 1 << VIRTIO_NET_F_HOST_TSO4
+    | 1 << VIRTIO_NET_F_HOST_TSO6
+    | 1 << VIRTIO_NET_F_MRG_RXBUF
+    | 1 << VIRTIO_NET_F_STATUS
+    | 1 << VIRTIO_RING_F_EVENT_IDX
+    | 1 << VIRTIO_RING_F_INDIRECT_DESC;
+/// ACKNOWLEDGE, DRIVER, DRIVER_OK, FEATURES_OK (virtio 1.2, section 2.1).
+const DRIVEN: u32 = 1 | 2 | 4 | 8;
 /// What it dirties begins here.
 const DIRTY_START: u32 = 0x40_0000;
 const PAGE_BYTES: u32 = 4096;
@@ -62,6 +88,36 @@ pub(crate) fn let_go(memory: &Path) -> Result<()> {
         .open(memory)
         .and_then(|file| file.write_all_at(&[1], u64::from(GO_ADDRESS)))
         .with_context(|| format!("writing to {}", memory.display()))
+}
+
+/// Makes a snapshot's network device one that a driver has set up. A driver of the
+/// guest's own would be dozens of instructions in an emulated ring 0.
+pub(crate) fn drive_net(path: &Path) -> Result<()> {
+    let mut state = File::open(path)
+        .map_err(anyhow::Error::new)
+        .and_then(|file| Ok(snapshot::read(&file)?))
+        .with_context(|| format!("reading {}", path.display()))?;
+    let net = state
+        .devices
+        .iter_mut()
+        .find(|device| device.name == "net")
+        .context("a snapshot without a network device")?;
+    let DeviceState::Virtio(transport) = &mut net.state else {
+        bail!("a network device that is not virtio");
+    };
+    transport.status = DRIVEN;
+    transport.driver_features = NET_FEATURES;
+    transport.activated = true;
+    for (start, queue) in (RINGS..).step_by(0x1_0000).zip(&mut transport.queues) {
+        (queue.size, queue.ready) = (QUEUE_SIZE, true);
+        queue.desc_table = start;
+        queue.avail_ring = start + 0x4000;
+        queue.used_ring = start + 0x8000;
+    }
+    File::create(path)
+        .map_err(anyhow::Error::new)
+        .and_then(|file| Ok(snapshot::write(&file, &state)?))
+        .with_context(|| format!("writing {}", path.display()))
 }
 
 /// Reads a console until `byte` has come `count` times.

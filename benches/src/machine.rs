@@ -22,6 +22,8 @@ const PATIENCE: Duration = Duration::from_secs(60);
 pub(crate) struct Snapshot {
     folder: TempDir,
     memory_mib: u32,
+    /// It has a network device.
+    net: bool,
 }
 
 /// When a machine ran.
@@ -50,9 +52,12 @@ impl Started {
 /// Boots a guest that dirties `dirty_mib` and waits until it has.
 pub(crate) fn boot(monitor: &mut Monitor, dirty_mib: u32) -> Result<Started> {
     let kernel = guest::image(dirty_mib);
-    let (spec, mut console) = BootSpec::new(1, guest::memory_mib(dirty_mib), &kernel)?
-        .with_pagemap(monitor)?
-        .with_console()?;
+    let spec = BootSpec::new(1, guest::memory_mib(dirty_mib), &kernel)?;
+    boot_as(monitor, spec)
+}
+
+fn boot_as(monitor: &mut Monitor, spec: BootSpec) -> Result<Started> {
+    let (spec, mut console) = spec.with_pagemap(monitor)?.with_console()?;
     let sent_ns = now_ns();
     let id = monitor.control().post(Op::Boot(spec.boot), &spec.fds)?;
     // The monitor has its own copies; without ours the pipe ends with it.
@@ -72,13 +77,17 @@ pub(crate) fn boot(monitor: &mut Monitor, dirty_mib: u32) -> Result<Started> {
 
 /// Makes a shell of the shape that tiny guests have.
 pub(crate) fn prepare(program: &Path, memory_mib: u32) -> Result<Monitor> {
+    prepare_as(program, memory_mib, false)
+}
+
+fn prepare_as(program: &Path, memory_mib: u32, net: bool) -> Result<Monitor> {
     let mut monitor = spawn(program)?;
     monitor.control().prepare(v1::MachineShape {
         vcpu_count: 1,
         memory_mib,
         block_devices: 0,
         vsock: false,
-        net: false,
+        net,
     })?;
     Ok(monitor)
 }
@@ -142,6 +151,7 @@ impl Snapshot {
         let snapshot = Self {
             folder,
             memory_mib: guest::memory_mib(dirty_mib),
+            net: false,
         };
         Ok((snapshot, snapshotted))
     }
@@ -153,14 +163,45 @@ impl Snapshot {
         Ok(Self::take(&mut parent, dirty_mib, folder, true)?.0)
     }
 
+    /// The same with a network device, which a driver uses: a copy has its TAP set up
+    /// as that of a sandbox has.
+    pub(crate) fn of_new_guest_with_net(program: &Path, folder: TempDir) -> Result<Self> {
+        let mut parent = spawn(program)?;
+        let kernel = guest::image(0);
+        let spec = BootSpec::new(1, guest::memory_mib(0), &kernel)?.with_net(None);
+        boot_as(&mut parent, spec)?;
+        let (mut snapshot, _) = Self::take(&mut parent, 0, folder, true)?;
+        guest::drive_net(&snapshot.folder.path().join("snapshot"))?;
+        snapshot.net = true;
+        Ok(snapshot)
+    }
+
     pub(crate) fn memory_mib(&self) -> u32 {
         self.memory_mib
     }
 
+    /// Makes a shell of its shape.
+    pub(crate) fn prepare(&self, program: &Path) -> Result<Monitor> {
+        prepare_as(program, self.memory_mib, self.net)
+    }
+
     /// Restores a copy and waits until it runs.
     pub(crate) fn restore(&self, monitor: &mut Monitor, shell: bool) -> Result<Started> {
+        self.restore_on(monitor, shell, None)
+    }
+
+    /// The same, its network device on a TAP.
+    pub(crate) fn restore_on(
+        &self,
+        monitor: &mut Monitor,
+        shell: bool,
+        tap: Option<OwnedFd>,
+    ) -> Result<Started> {
         let (mut console, writer) = std::io::pipe()?;
-        let spec = self.spec(monitor, shell, writer.into())?;
+        let mut spec = self.spec(monitor, shell, writer.into())?;
+        if self.net {
+            spec = spec.with_net(tap);
+        }
         let sent_ns = now_ns();
         let id = monitor
             .control()

@@ -7,14 +7,18 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 
 mod boot;
+mod client;
 mod clock;
 mod cold_start;
 mod compare;
+mod daemon;
 mod floor;
 mod guest;
+mod limits;
 mod machine;
 mod memory;
 mod monitor;
+mod net;
 mod picture;
 mod report;
 mod scratch;
@@ -43,6 +47,9 @@ enum Bench {
     ColdStart(cold_start::Options),
     /// The same tiny guest through another monitor, side by side
     Compare(compare::Options),
+    /// Network slots and what a network adds to a restore: tiny guests on the monitor
+    /// itself; or what goes through it, with sandboxes of a soulboxd
+    Net(net::Options),
     /// A Linux guest's cold boot, beside the same kernel with a bare init
     Boot(boot::Options),
 }
@@ -52,6 +59,7 @@ fn main() -> anyhow::Result<ExitCode> {
     let report = match cli.bench {
         Bench::ColdStart(options) => cold_start::run(&options)?,
         Bench::Compare(options) => compare::run(&options)?,
+        Bench::Net(options) => net::run(&options)?,
         Bench::Boot(options) => boot::run(&options)?,
     };
     report.write(cli.json.as_deref())?;

@@ -5,10 +5,11 @@ use std::path::Path;
 use std::thread::available_parallelism;
 
 use anyhow::{Context, Result};
-use rustix::process::{Pid, Resource, Signal, getrlimit, kill_process, setrlimit};
+use rustix::process::{Pid, Signal, kill_process};
 use soulbox_vmm::testing::Monitor;
 
 use crate::clock::{ms_since, now_ns};
+use crate::limits;
 use crate::machine::{self, SharedConsole, Snapshot};
 use crate::memory::{Footprint, available_kib};
 use crate::report::{Promise, Report, Row, progress};
@@ -114,7 +115,8 @@ pub(super) fn alive(
     clones: u32,
     report: &mut Report,
 ) -> Result<()> {
-    allow_descriptors()?;
+    // A clone takes two here.
+    limits::allow_descriptors()?;
     let snapshot = Snapshot::of_new_guest(program, 0, scratch.folder()?)?;
     for source in [Source::Shells, Source::Spawned] {
         let before_kib = available_kib()?;
@@ -212,11 +214,4 @@ fn in_parallel<T: Send>(items: &mut [T], f: impl Fn(&mut T) -> Result<()> + Sync
             .into_iter()
             .try_for_each(|thread| thread.join().unwrap_or_else(|panic| resume_unwind(panic)))
     })
-}
-
-/// A clone takes two descriptors here.
-fn allow_descriptors() -> Result<()> {
-    let mut limit = getrlimit(Resource::Nofile);
-    limit.current = limit.maximum;
-    setrlimit(Resource::Nofile, limit).context("raising the limit of open files")
 }

@@ -1,13 +1,12 @@
 //! Sandboxes of a soulboxd: real guests, real programs.
 
-use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
+use std::path::Path;
+use std::time::Instant;
 
-use anyhow::{Context, Result, bail, ensure};
-use soulbox_proto::host::v1::{CreateSandboxResponse, StageTime};
+use anyhow::{Context, Result, ensure};
 
-use super::client::{Client, id_of};
-use super::daemon::Daemon;
+use crate::client::{Client, check_origin, id_of, times};
+use crate::daemon;
 use crate::guest;
 use crate::report::{Host, Promise, Report, Row, ms, progress};
 use crate::scratch::Scratch;
@@ -16,23 +15,14 @@ use crate::stages::Stages;
 /// A size that no snapshot has, next to the default: such a create boots.
 const COLD_EXTRA_MIB: u32 = 8;
 const DIRTY_MIB: [u32; 2] = [7, 64];
-/// How long the daemon may take to have its template's snapshot.
-const TEMPLATE: Duration = Duration::from_secs(900);
 const MIB: f64 = 1024.0 * 1024.0;
 
 #[derive(Debug, clap::Args)]
 #[command(next_help_heading = "Linux guests")]
 #[group(id = "linux")]
 pub(crate) struct Options {
-    /// Measure through the soulboxd that serves this socket
-    #[arg(long, value_name = "unix:SOCKET", conflicts_with = "daemon")]
-    host: Option<String>,
-    /// Start a soulboxd of its own from this folder, with soulbox-vmm in it
-    #[arg(long, value_name = "BIN_DIR", requires = "templates")]
-    daemon: Option<PathBuf>,
-    /// The templates of that soulboxd
-    #[arg(long, value_name = "DIR", requires = "daemon")]
-    templates: Option<PathBuf>,
+    #[command(flatten)]
+    pub(super) soulboxd: daemon::Options,
     /// Into how many children to fork, one row each
     #[arg(long, value_name = "N,N…", value_delimiter = ',', default_value = "1,10",
           value_parser = clap::value_parser!(u32).range(1..=1000))]
@@ -49,24 +39,8 @@ struct Lives {
     monitor_kib: Vec<f64>,
 }
 
-// === impl Options ===
-
-impl Options {
-    pub(super) fn names_a_daemon(&self) -> bool {
-        self.host.is_some() || self.daemon.is_some()
-    }
-
-    fn find_daemon(&self, scratch: &Scratch) -> Result<Daemon> {
-        match (&self.host, &self.daemon, &self.templates) {
-            (Some(host), _, _) => Daemon::at(host),
-            (None, Some(bin), Some(templates)) => Daemon::start(bin, templates, scratch.folder()?),
-            _ => bail!("name a soulboxd with --host, or --daemon and --templates"),
-        }
-    }
-}
-
 pub(super) fn run(options: &Options, scratch: &Scratch, runs: u32) -> Result<Report> {
-    let daemon = options.find_daemon(scratch)?;
+    let daemon = options.soulboxd.find(scratch)?;
     let copies = scratch.folder()?;
     let mut report = Report {
         bench: "cold-start, Linux guests",
@@ -79,7 +53,7 @@ pub(super) fn run(options: &Options, scratch: &Scratch, runs: u32) -> Result<Rep
         .build()?;
     runtime.block_on(async {
         let mut client = Client::connect(daemon.socket()).await?;
-        let memory_mib = await_template(&mut client).await?;
+        let memory_mib = client.await_template().await?;
         creates(&mut client, memory_mib, runs, &mut report).await?;
         pauses(&mut client, runs, &mut report).await?;
         for dirty_mib in DIRTY_MIB {
@@ -91,25 +65,6 @@ pub(super) fn run(options: &Options, scratch: &Scratch, runs: u32) -> Result<Rep
         }
         Ok(report)
     })
-}
-
-/// Waits until creates are restored. Returns their memory, in MiB.
-async fn await_template(client: &mut Client) -> Result<u32> {
-    let give_up = Instant::now() + TEMPLATE;
-    loop {
-        let created = client.create(0).await?;
-        let sandbox = created.sandbox.context("a reply without its sandbox")?;
-        client.delete(&sandbox.id).await?;
-        if created.restored {
-            let resources = sandbox.resources.unwrap_or_default();
-            return Ok(resources.memory_mib);
-        }
-        ensure!(
-            Instant::now() < give_up,
-            "creates are still booted after {TEMPLATE:?}; does soulboxd make template snapshots?"
-        );
-        tokio::time::sleep(Duration::from_secs(2)).await;
-    }
 }
 
 async fn creates(
@@ -196,17 +151,6 @@ impl Lives {
         self.delete.push(ms(start.elapsed()));
         Ok(())
     }
-}
-
-fn check_origin(created: &CreateSandboxResponse, restored: bool) -> Result<()> {
-    let words = |restored| if restored { "restored" } else { "booted" };
-    ensure!(
-        created.restored == restored,
-        "a sandbox that was to be {} was {}; look at soulboxd's log",
-        words(restored),
-        words(created.restored)
-    );
-    Ok(())
 }
 
 async fn pauses(client: &mut Client, runs: u32, report: &mut Report) -> Result<()> {
@@ -331,10 +275,4 @@ async fn forks(client: &mut Client, children: u32, runs: u32, report: &mut Repor
         .rows
         .push(Row::new(name("memory of a child alone"), "MiB", own));
     Ok(())
-}
-
-fn times(stages: &[StageTime]) -> impl Iterator<Item = (&str, f64)> {
-    stages
-        .iter()
-        .map(|stage| (stage.stage.as_str(), stage.duration_us as f64 / 1e3))
 }

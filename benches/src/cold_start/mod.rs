@@ -1,14 +1,12 @@
 //! From nothing, from a snapshot, from a running sandbox: how long until a guest
 //! runs, and what it takes.
 
-use anyhow::{Result, bail};
+use anyhow::Result;
 
 use crate::report::Report;
 use crate::scratch::Scratch;
 
-mod client;
 mod crowd;
-mod daemon;
 mod linux;
 mod tiny;
 
@@ -38,19 +36,14 @@ enum Guest {
 }
 
 pub(crate) fn run(options: &Options) -> Result<Report> {
-    let has_daemon = options.linux.names_a_daemon();
-    let guest = options.guest.unwrap_or(match has_daemon {
-        true => Guest::Linux,
-        false => Guest::Tiny,
-    });
+    let guest = options
+        .guest
+        .unwrap_or(match options.linux.soulboxd.names_one() {
+            true => Guest::Linux,
+            false => Guest::Tiny,
+        });
     match guest {
         Guest::Tiny => tiny::run(&options.tiny, &options.scratch, options.runs.unwrap_or(200)),
-        Guest::Linux if has_daemon => {
-            linux::run(&options.linux, &options.scratch, options.runs.unwrap_or(10))
-        }
-        Guest::Linux => bail!(
-            "Linux guests are run by a soulboxd: name a running one with --host unix:SOCKET, \
-             or have one started with --daemon BIN_DIR --templates DIR"
-        ),
+        Guest::Linux => linux::run(&options.linux, &options.scratch, options.runs.unwrap_or(10)),
     }
 }

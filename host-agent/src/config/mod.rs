@@ -10,6 +10,7 @@ use std::time::Duration;
 use ipnet::{Ipv4Net, Ipv6Net};
 use serde::Deserialize;
 
+pub use crate::ingress::config::{Forwards, Proxy};
 pub use validate::Violation;
 
 /// What `--print-default-config` prints.
@@ -30,6 +31,8 @@ pub struct Config {
     pub shells: Shells,
     pub templates: Templates,
     pub network: Network,
+    pub forwards: Forwards,
+    pub proxy: Proxy,
     pub shutdown: Shutdown,
 }
 

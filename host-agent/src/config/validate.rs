@@ -39,6 +39,8 @@ pub(super) fn validate(config: &Config) -> Vec<Violation> {
     times(config, &mut found);
     shells(config, &mut found);
     network(config, &mut found);
+    found.extend(config.forwards.violations());
+    found.extend(config.proxy.violations());
     found
 }
 

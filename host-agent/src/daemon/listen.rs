@@ -2,12 +2,13 @@
 
 use std::fs;
 use std::io;
+use std::net::SocketAddr;
 use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 use tokio::net::{TcpListener, UnixListener};
 
-use crate::config::Listen;
+use crate::config::{Listen, Proxy};
 
 /// The owner and a group may use the daemon; whoever may is as good as root in
 /// any sandbox.
@@ -26,10 +27,11 @@ pub(super) enum ListenError {
     )]
     Group { group: String },
     #[error(
-        "listen.tcp_address {address} cannot be bound; see whether the address is this host's and the port is free"
+        "{field} {address} cannot be bound; see whether the address is this host's and the port is free"
     )]
     Tcp {
-        address: std::net::SocketAddr,
+        field: &'static str,
+        address: SocketAddr,
         source: io::Error,
     },
 }
@@ -39,6 +41,7 @@ pub(super) enum ListenError {
 pub(super) struct Listeners {
     pub(super) unix: UnixListener,
     pub(super) tcp: Option<TcpListener>,
+    pub(super) proxy: Option<TcpListener>,
     pub(super) unix_socket: SocketFile,
 }
 
@@ -53,7 +56,7 @@ pub(super) struct SocketFile {
 // === impl Listeners ===
 
 impl Listeners {
-    pub(super) fn bind(config: &Listen) -> Result<Self, ListenError> {
+    pub(super) fn bind(config: &Listen, proxy: &Proxy) -> Result<Self, ListenError> {
         let path = &config.unix_path;
         let unix_error = |source| ListenError::Unix {
             path: path.clone(),
@@ -72,28 +75,49 @@ impl Listeners {
         fs::set_permissions(path, PermissionsExt::from_mode(SOCKET_MODE)).map_err(unix_error)?;
         tracing::info!(path = %path.display(), "serving on a Unix socket");
         let tcp = match config.tcp_address {
-            Some(address) => Some(bind_tcp(address)?),
+            Some(address) => {
+                let listener = bind_tcp("listen.tcp_address", address)?;
+                tracing::warn!(
+                    address = %bound(&listener),
+                    "serving on TCP without encryption or authentication: whoever reaches this address commands every sandbox; keep it on a private network"
+                );
+                Some(listener)
+            }
+            None => None,
+        };
+        let proxy = match proxy.address() {
+            Some(address) => {
+                let listener = bind_tcp("proxy.listen", address)?;
+                tracing::info!(address = %bound(&listener), domain = proxy.domain, "serving sandboxes' ports over HTTP");
+                Some(listener)
+            }
             None => None,
         };
         Ok(Self {
             unix,
             tcp,
+            proxy,
             unix_socket,
         })
     }
 }
 
-fn bind_tcp(address: std::net::SocketAddr) -> Result<TcpListener, ListenError> {
-    let tcp_error = |source| ListenError::Tcp { address, source };
+fn bind_tcp(field: &'static str, address: SocketAddr) -> Result<TcpListener, ListenError> {
+    let tcp_error = |source| ListenError::Tcp {
+        field,
+        address,
+        source,
+    };
     let listener = std::net::TcpListener::bind(address).map_err(tcp_error)?;
     listener.set_nonblocking(true).map_err(tcp_error)?;
-    let listener = TcpListener::from_std(listener).map_err(tcp_error)?;
-    let bound = listener.local_addr().map_err(tcp_error)?;
-    tracing::warn!(
-        address = %bound,
-        "serving on TCP without encryption or authentication: whoever reaches this address commands every sandbox; keep it on a private network"
-    );
-    Ok(listener)
+    TcpListener::from_std(listener).map_err(tcp_error)
+}
+
+/// With the port that it has when any was asked for.
+fn bound(listener: &TcpListener) -> String {
+    listener
+        .local_addr()
+        .map_or_else(|_| String::new(), |address| address.to_string())
 }
 
 // === impl SocketFile ===
@@ -182,10 +206,10 @@ mod tests {
         let path = folder.path().join("run/soulboxd.sock");
         fs::create_dir_all(path.parent().unwrap()).unwrap();
         drop(std::os::unix::net::UnixListener::bind(&path).unwrap());
-        let listeners = Listeners::bind(&config(&path)).unwrap();
+        let listeners = Listeners::bind(&config(&path), &Proxy::default()).unwrap();
         assert_eq!(fs::metadata(&path).unwrap().mode() & 0o777, 0o660);
         assert!(matches!(
-            Listeners::bind(&config(&path)),
+            Listeners::bind(&config(&path), &Proxy::default()),
             Err(ListenError::InUse { .. })
         ));
         drop(listeners);
@@ -198,7 +222,7 @@ mod tests {
         let path = folder.path().join("soulboxd.sock");
         fs::write(&path, "precious").unwrap();
         assert!(matches!(
-            Listeners::bind(&config(&path)),
+            Listeners::bind(&config(&path), &Proxy::default()),
             Err(ListenError::NoSocket { .. })
         ));
         assert_eq!(fs::read_to_string(&path).unwrap(), "precious");

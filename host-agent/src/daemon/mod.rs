@@ -64,7 +64,7 @@ async fn run(config: Config) -> anyhow::Result<()> {
     let capacity = facts
         .capacity(&config.capacity, &config.paths.state_dir)
         .context("the free space of state_dir cannot be found; set capacity.disk_mib")?;
-    let listeners = Listeners::bind(&config.listen)?;
+    let listeners = Listeners::bind(&config.listen, &config.proxy)?;
 
     let drain_limit = config.timeouts.drain();
     let on_shutdown = config.shutdown.sandboxes;

@@ -6,6 +6,9 @@ use std::time::Duration;
 use anyhow::Context as _;
 use soulbox_proto::FILE_DESCRIPTOR_SET;
 use soulbox_proto::guest::MAX_REQUEST_BYTES;
+use soulbox_proto::host::v1::network_service_server::{
+    NetworkServiceServer, SERVICE_NAME as NETWORK_SERVICE,
+};
 use soulbox_proto::host::v1::node_service_server::{
     NodeServiceServer, SERVICE_NAME as NODE_SERVICE,
 };
@@ -22,8 +25,9 @@ use tonic_health::ServingStatus;
 use tonic_health::server::HealthReporter;
 
 use super::listen::{Listeners, SocketFile};
-use crate::sandbox::Pool;
-use crate::service::{NodeApi, SandboxApi};
+use crate::ingress::{Forwards, Proxy};
+use crate::sandbox::{Pool, Ports};
+use crate::service::{NetworkApi, NodeApi, SandboxApi};
 
 /// Dead callers are noticed, so that what they run is ended.
 const KEEPALIVE: Duration = Duration::from_secs(20);
@@ -37,6 +41,8 @@ const LAST_FRAMES: Duration = Duration::from_millis(500);
 /// The servers, while they run.
 pub(super) struct Services {
     servers: JoinSet<Result<(), tonic::transport::Error>>,
+    /// The proxy, and what keeps forwards.
+    edge: JoinSet<()>,
     health: HealthReporter,
     calls: TaskTracker,
     /// Ends calls without an end of their own.
@@ -61,16 +67,29 @@ impl Services {
         // What fits here fits the guest's agent.
         .max_decoding_message_size(MAX_REQUEST_BYTES);
         let node = NodeServiceServer::new(NodeApi::new(Arc::clone(pool)));
+        let ports = Arc::new(Ports::new(Arc::clone(pool)));
+        let forwards = Forwards::new(ports.clone(), &pool.config().forwards);
+        let forwards = Arc::new(forwards);
+        let network = NetworkServiceServer::new(NetworkApi::new(
+            Arc::clone(pool),
+            Arc::clone(&forwards),
+            calls.clone(),
+            stopping.clone(),
+        ));
         let (health, health_server) = tonic_health::server::health_reporter();
         health
             .set_serving::<SandboxServiceServer<SandboxApi>>()
             .await;
         health.set_serving::<NodeServiceServer<NodeApi>>().await;
+        health
+            .set_serving::<NetworkServiceServer<NetworkApi>>()
+            .await;
 
         let mut routes = Routes::builder();
         routes
             .add_service(sandboxes)
             .add_service(node)
+            .add_service(network)
             .add_service(health_server)
             .add_service(reflection().build_v1().context("reflection")?)
             .add_service(reflection().build_v1alpha().context("reflection")?);
@@ -89,8 +108,15 @@ impl Services {
                 closing.clone().cancelled_owned(),
             ));
         }
+        let mut edge = JoinSet::new();
+        edge.spawn(NetworkApi::keep_forwards(Arc::clone(pool), forwards));
+        if let Some(listener) = listeners.proxy {
+            let proxy = Proxy::new(ports, &pool.config().proxy);
+            edge.spawn(proxy.serve(listener, stopping.clone()));
+        }
         Ok(Self {
             servers,
+            edge,
             health,
             calls,
             stopping,
@@ -103,7 +129,7 @@ impl Services {
     /// answered, so that they learn that this node is going.
     pub(super) async fn drain(&self, limit: Duration) {
         // The empty name stands for the whole server.
-        for service in [SANDBOX_SERVICE, NODE_SERVICE, ""] {
+        for service in [SANDBOX_SERVICE, NODE_SERVICE, NETWORK_SERVICE, ""] {
             self.health
                 .set_service_status(service, ServingStatus::NotServing)
                 .await;
@@ -123,6 +149,7 @@ impl Services {
 
     /// Ends the servers and removes the socket.
     pub(super) async fn close(mut self) {
+        self.edge.shutdown().await;
         self.closing.cancel();
         let ended = async {
             while let Some(server) = self.servers.join_next().await {

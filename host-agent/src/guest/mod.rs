@@ -12,8 +12,8 @@ use std::time::{Duration, SystemTime};
 use soulbox_proto::guest::v1::process_service_client::ProcessServiceClient;
 use soulbox_proto::guest::v1::system_service_client::SystemServiceClient;
 use soulbox_proto::guest::v1::{
-    ConfigureRequest, ExecRequest, ExecResponse, HealthRequest, HealthResponse, ProcessSpec,
-    ShutdownRequest, SuspendRequest, exec_request, exec_response, exited,
+    ConfigureRequest, ExecRequest, ExecResponse, HealthRequest, HealthResponse, Network,
+    ProcessSpec, ShutdownRequest, SuspendRequest, exec_request, exec_response, exited,
 };
 use tokio_stream::Stream;
 use tonic::transport::Channel;
@@ -65,9 +65,13 @@ impl Guest {
         }
     }
 
-    /// Tells the guest who it is and what time it is, and gives it randomness that
-    /// no copy of it has. Its programs run from then on.
-    pub async fn configure(&self, identity: Identity<'_>) -> Result<(), Status> {
+    /// Tells the guest who it is, what time it is and what network it has, and gives
+    /// it randomness that no copy of it has. Its programs run from then on.
+    pub async fn configure(
+        &self,
+        identity: Identity<'_>,
+        network: Option<Network>,
+    ) -> Result<(), Status> {
         let mut entropy = vec![0; ENTROPY_BYTES];
         let filled = rustix::rand::getrandom(
             entropy.as_mut_slice(),
@@ -83,7 +87,7 @@ impl Guest {
             wall_clock: Some(SystemTime::now().into()),
             entropy: entropy.into(),
             new_identity,
-            network: None,
+            network,
         };
         self.system().configure(request).await?;
         Ok(())

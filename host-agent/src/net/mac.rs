@@ -25,6 +25,9 @@ impl Mac {
     pub(super) const UPLINK: Self = Self([0x02, 0x53, 0x42, 0x00, 0x00, 0x02]);
     pub(super) const HOST: Self = Self([0x02, 0x53, 0x42, 0x00, 0x00, 0x03]);
 
+    /// Of an interface without a slot.
+    pub const UNUSED: Self = Self([0x02, 0x53, 0x42, 0x00, 0x00, 0x04]);
+
     /// Locally administered and unicast, 46 bits of it random.
     pub fn random() -> std::io::Result<Self> {
         let mut bytes = [0; 6];

@@ -224,6 +224,16 @@ impl Policy {
         is_private.then_some(PolicyError::PrivateDnsServer(server))
     }
 
+    /// Whether an answer of the resolver may have this address: a name that anybody
+    /// owns must not lead to where the guest may not go.
+    pub fn may_be_told(&self, address: IpAddr) -> bool {
+        let all_of = |rule: &Rule| rule.protocol == Protocol::Any && rule.ports.is_empty();
+        let denied = self.deny.iter().filter(|rule| all_of(rule));
+        let mut allowed = self.allow.iter();
+        let is_in = |rule: &Rule| rule.cidr.contains(&address);
+        !denied.into_iter().any(is_in) && (is_internet(address) || allowed.any(is_in))
+    }
+
     /// Whether the firewall would be the same with `other`.
     pub(super) fn filters_like(&self, other: &Self) -> bool {
         (self.internet, &self.allow, &self.deny, &self.allow_domains)

@@ -4,10 +4,12 @@ mod snapshot;
 mod state;
 
 use std::collections::BTreeMap;
+use std::net::{Ipv4Addr, Ipv6Addr};
 
 use serde::{Deserialize, Serialize};
 
 use crate::id::{SandboxId, SnapshotId};
+use crate::net::{Mac, Policy};
 use crate::time::{Stage, UnixMillis};
 
 pub use snapshot::{Base, Chains, SnapshotKind, SnapshotRecord, SnapshotState};
@@ -59,6 +61,22 @@ pub struct SandboxRecord {
     pub parent: Option<SandboxId>,
     #[serde(default)]
     pub base: Base,
+    /// What it may reach; none: it has no network.
+    #[serde(default)]
+    pub network: Option<Box<Policy>>,
+    /// Its network, while it has a monitor.
+    #[serde(default)]
+    pub slot: Option<Lease>,
+}
+
+/// A network slot that a sandbox has.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Lease {
+    pub index: u32,
+    pub mac: Mac,
+    /// Where the host reaches the guest's ports.
+    pub ipv4: Ipv4Addr,
+    pub ipv6: Ipv6Addr,
 }
 
 /// What a sandbox takes of its host.
@@ -166,6 +184,7 @@ impl SandboxRecord {
             }
             Transition::Paused { saved, chains } => {
                 next.monitor = None;
+                next.slot = None;
                 next.saved = Some(saved);
                 next.chains = chains;
                 next.layer += 1;
@@ -176,9 +195,13 @@ impl SandboxRecord {
                 next.chains = chains;
                 next.layer += 1;
             }
-            Transition::Settle | Transition::Stopped => next.monitor = None,
+            Transition::Settle | Transition::Stopped => {
+                next.monitor = None;
+                next.slot = None;
+            }
             Transition::Fail(failure) => {
                 next.monitor = None;
+                next.slot = None;
                 next.failure = Some(failure);
                 next.chains = Chains::default();
             }
@@ -233,6 +256,8 @@ pub(crate) mod tests {
             snapshot: None,
             parent: None,
             base: Base::default(),
+            network: None,
+            slot: None,
         }
     }
 
@@ -253,6 +278,8 @@ pub(crate) mod tests {
             "snapshot",
             "parent",
             "base",
+            "network",
+            "slot",
         ] {
             fields.remove(optional);
         }

@@ -13,6 +13,7 @@ use super::error::{CreateError, DeleteError, StartError, UseError};
 use super::files::SandboxFiles;
 use super::fork::Together;
 use super::machine::{Machine, failure};
+use super::network::Attached;
 use super::operate::Operation;
 use super::pool::Pool;
 use super::registry::Live;
@@ -60,6 +61,8 @@ pub(super) struct Actor {
     pub(super) reservation: Option<Reservation>,
     pub(super) machine: Option<Machine>,
     pub(super) guest: Option<Guest>,
+    /// From before it has a machine until that is gone.
+    pub(super) network: Option<Attached>,
     /// The snapshot that it is in the middle of.
     pub(super) making: Option<Making>,
     /// Why its machine was ended, when it was this daemon that did so.
@@ -91,6 +94,7 @@ impl Actor {
             reservation: None,
             machine: None,
             guest: None,
+            network: None,
             making: None,
             verdict: None,
             unstored: Vec::new(),
@@ -259,7 +263,9 @@ impl Actor {
         let why = self.verdict.take().unwrap_or(why);
         tracing::warn!(sandbox = %self.record.id, reason = why.reason, message = why.message, "failed");
         self.guest = None;
+        let detached = self.detach();
         self.store_failure(why).await;
+        detached.await;
         self.reservation = None;
         self.pool.collect().await;
         self.await_delete(inbox).await;

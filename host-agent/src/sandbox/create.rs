@@ -186,11 +186,13 @@ impl Pool {
                 (resources, self.origin_of(name, template, resources), base)
             }
         };
+        let network = self.network_of(spec.network)?;
         let id = SandboxId::random().map_err(CreateError::Random)?;
         let reservation = self.admission.reserve(resources)?;
         let expires_at = ttl.map(|ttl| UnixMillis::now().plus(ttl));
         let mut record = self.new_record(id, resources, base, &origin);
         record.labels = spec.labels;
+        record.network = network;
         record.expires_at = expires_at;
         record.request_id = spec.request_id;
         Ok(Admitted {
@@ -250,6 +252,8 @@ impl Pool {
             snapshot: plan.map(|plan| plan.snapshot.clone()),
             parent: None,
             base,
+            network: None,
+            slot: None,
         }
     }
 }

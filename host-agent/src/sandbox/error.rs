@@ -6,6 +6,7 @@ use crate::admission::Exhausted;
 use crate::id::{SandboxId, SnapshotId};
 use crate::kvm::KvmError;
 use crate::monitor::SpawnError;
+use crate::net::{NoSlot, SlotError};
 use crate::record::{Failure, IllegalTransition, State};
 use crate::snapshot::{LayerError, NameTaken};
 use crate::status::FieldViolation;
@@ -35,10 +36,31 @@ pub enum CreateError {
     Start(#[from] StartError),
     #[error("there is no snapshot {0:?}; `soulbox snapshot ls` shows those that are")]
     SnapshotNotFound(String),
+    #[error("{0}")]
+    Network(#[from] NetworkError),
     #[error(
         "the sandbox's task ended unexpectedly; this is a bug in soulboxd, please report it with its log"
     )]
     ActorLost,
+}
+
+/// Why a sandbox has not the network that it should have.
+#[derive(Debug, thiserror::Error)]
+pub enum NetworkError {
+    #[error(
+        "this node gives sandboxes no network: turn network.enabled on in its configuration, or ask for none"
+    )]
+    Off,
+    #[error("sandbox {0} has no network; make another with one")]
+    None(SandboxId),
+    #[error("{0}")]
+    NoSlot(#[from] NoSlot),
+    #[error("{0}")]
+    Slot(#[from] SlotError),
+    #[error("the monitor did not take the network's limits: {0}")]
+    Monitor(String),
+    #[error("{0}")]
+    Store(CommitError),
 }
 
 /// Why an admitted sandbox did not come to run.
@@ -63,6 +85,8 @@ pub enum StartError {
     },
     #[error("{0}")]
     Restore(#[from] RestoreError),
+    #[error("{0}")]
+    Network(#[from] NetworkError),
     #[error("the monitor refused to boot: {message}")]
     Refused { code: MonitorCode, message: String },
     #[error(
@@ -180,6 +204,8 @@ pub enum OperateError {
     Exhausted(#[from] Exhausted),
     #[error("{0}")]
     Start(#[from] StartError),
+    #[error("{0}")]
+    Network(#[from] NetworkError),
     #[error("there is no snapshot {0:?}; `soulbox snapshot ls` shows those that are")]
     SnapshotNotFound(String),
     #[error(

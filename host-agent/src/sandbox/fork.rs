@@ -14,7 +14,8 @@ use super::save::{SaveSpec, Saved};
 use super::spec::ForkSpec;
 use crate::admission::Reservation;
 use crate::id::SandboxId;
-use crate::record::{SandboxRecord, SnapshotKind, State};
+use crate::net::Policy;
+use crate::record::{Resources, SandboxRecord, SnapshotKind, State};
 use crate::status::Refusal;
 use crate::store::Change;
 use crate::time::{Stage, Stopwatch, UnixMillis};
@@ -66,7 +67,7 @@ impl Pool {
         let refuse = |error: OperateError| Refusal::from(&error);
         let ttl = super::spec::resolve_ttl(spec.ttl, &self.config.defaults, &self.config.limits);
         let ttl = ttl.map_err(|error| Refusal::from(&error))?;
-        let resources = self.check_forkable(parent).map_err(refuse)?;
+        let (resources, network) = self.check_forkable(parent).map_err(refuse)?;
         // All of it before the parent stands still.
         let reservations = self.admission.reserve_many(resources, spec.count);
         let reservations = reservations.map_err(|error| refuse(error.into()))?;
@@ -96,6 +97,7 @@ impl Pool {
             let mut record = self.new_record(id, resources, base, &origin);
             record.labels.clone_from(&spec.labels);
             record.expires_at = expires_at;
+            record.network.clone_from(&network);
             record.parent = Some(parent.clone());
             record
         };
@@ -133,14 +135,15 @@ impl Pool {
         })
     }
 
-    fn check_forkable(&self, id: &SandboxId) -> Result<crate::record::Resources, OperateError> {
+    /// What its children take, and what they may reach.
+    fn check_forkable(&self, id: &SandboxId) -> Result<(Resources, Option<Box<Policy>>), OperateError> {
         if self.is_draining() {
             return Err(OperateError::Draining);
         }
         let view = self.view(id)?;
         let record = &view.borrow().record;
         match (record.state, &record.failure) {
-            (State::Running, _) => Ok(record.resources),
+            (State::Running, _) => Ok((record.resources, record.network.clone())),
             (State::Failed, Some(failure)) => Err(UseError::Failed {
                 id: id.clone(),
                 failure: failure.clone(),

@@ -11,8 +11,10 @@ mod files;
 mod fork;
 mod launch;
 mod machine;
+mod network;
 mod operate;
 mod pool;
+mod ports;
 mod reconcile;
 mod registry;
 mod requests;
@@ -26,16 +28,17 @@ mod warm;
 
 pub use create::Created;
 pub use error::{
-    CreateError, DeleteError, OperateError, RestoreError, SaveError, StartError, UseError,
-    WatchError,
+    CreateError, DeleteError, NetworkError, OperateError, RestoreError, SaveError, StartError,
+    UseError, WatchError,
 };
 pub use fork::Forked;
 pub use operate::Operated;
 pub use pool::{OpenPoolError, Pool};
+pub use ports::Ports;
 pub use reconcile::Summary;
 pub use registry::{Change, ChangeKind, Live, Subscription, View};
 pub use save::Saved;
-pub use spec::{CreateSpec, ForkSpec, SnapshotSpec};
+pub use spec::{CreateSpec, ForkSpec, NetworkSpec, SnapshotSpec};
 
 /// The monitor's limit.
 pub const MAX_VCPUS: u32 = 32;

@@ -10,6 +10,7 @@ use super::save::{SaveSpec, Saved};
 use super::spec::SnapshotSpec;
 use crate::guest::Identity;
 use crate::id::{SandboxId, SnapshotId};
+use crate::net::Policy;
 use crate::record::{
     SandboxRecord, SnapshotKind, SnapshotRecord, SnapshotState, State, Transition,
 };
@@ -42,6 +43,10 @@ pub(super) enum Operation {
     RollBack {
         plan: Box<Plan>,
         done: Done<Operated>,
+    },
+    SetNetwork {
+        policy: Box<Policy>,
+        done: Done<Policy>,
     },
 }
 
@@ -104,6 +109,17 @@ impl Pool {
         let plan = self.plan(&snapshot, hold).map_err(StartError::from)?;
         let plan = Box::new(plan);
         self.operate(id, |done| Operation::RollBack { plan, done })
+            .await
+    }
+
+    /// Replaces what a sandbox may reach, at one moment.
+    pub async fn set_network(
+        &self,
+        id: &SandboxId,
+        policy: Policy,
+    ) -> Result<Policy, OperateError> {
+        let policy = Box::new(policy);
+        self.operate(id, |done| Operation::SetNetwork { policy, done })
             .await
     }
 
@@ -181,6 +197,10 @@ impl Actor {
                 let outcome = self.roll_back(*plan).await;
                 let _ = done.send(outcome);
             }
+            Operation::SetNetwork { policy, done } => {
+                let outcome = self.set_policy(policy).await;
+                let _ = done.send(outcome.map_err(Into::into));
+            }
         }
     }
 
@@ -229,12 +249,14 @@ impl Actor {
         if let Some(mut machine) = self.machine.take() {
             machine.stop().await;
         }
+        let detached = self.detach();
         if let Err(error) = self.files.clear(None) {
             tracing::warn!(sandbox = %self.record.id, %error, "files of its last machine stay");
         }
         if let Some(reservation) = &mut self.reservation {
             reservation.release_machine();
         }
+        detached.await;
     }
 
     async fn resume(&mut self) -> Result<Operated, OperateError> {
@@ -295,6 +317,7 @@ impl Actor {
         watch.lap("admission");
         if let Some(mut machine) = self.machine.take() {
             machine.stop().await;
+            self.detach().await;
             watch.lap("stop");
         }
         self.come_back(plan, layers, watch).await

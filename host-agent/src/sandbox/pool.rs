@@ -13,6 +13,7 @@ use tokio_util::task::TaskTracker;
 use super::actor::{Command, Delete};
 use super::error::{DeleteError, UseError};
 use super::files::{sandboxes_dir, shells_dir, sockets_dir};
+use super::network::Networks;
 use super::reconcile::{self, Summary};
 use super::registry::{Registry, Subscription, View};
 use super::requests::Requests;
@@ -39,6 +40,8 @@ pub enum OpenPoolError {
     },
     #[error(transparent)]
     Store(#[from] OpenError),
+    #[error("sandboxes can have no network here; mend that, or set network.enabled = false")]
+    Network(#[from] crate::net::StartError),
 }
 
 /// Makes, finds and removes sandboxes.
@@ -57,6 +60,8 @@ pub struct Pool {
     /// Held by whoever removes what nothing needs.
     pub(super) collecting: tokio::sync::Mutex<()>,
     pub(super) shells: Shells,
+    /// None where the configuration turns them off.
+    pub(super) networks: Option<Networks>,
     /// A template's own snapshot is missing, or of no use.
     pub(super) template_changed: Notify,
     pub(super) actors: TaskTracker,
@@ -88,7 +93,10 @@ impl Pool {
                 .map_err(|source| OpenPoolError::Folder { path, source })?;
         }
         let (store, loaded) = Store::open(&config.paths.state_dir.join("state.redb"))?;
+        let networks = Networks::start(&config.network, &loaded.sandboxes).await?;
+        let (networks, denied) = networks.unzip();
         let pool = Arc::new(Self {
+            networks,
             admission: Admission::new(capacity),
             kvm: KvmDevice::new(&config.paths.kvm),
             templates: Templates::new(&config.paths.template_dir),
@@ -109,6 +117,9 @@ impl Pool {
         });
         let summary = reconcile::reconcile(&pool, loaded.sandboxes).await;
         pool.actors.spawn(Arc::clone(&pool).forget_requests());
+        if let Some(denied) = denied {
+            pool.actors.spawn(Arc::clone(&pool).tell_denied(denied));
+        }
         pool.actors.spawn(Arc::clone(&pool).collect_released());
         pool.actors.spawn(Shells::keep(Arc::clone(&pool)));
         pool.actors
@@ -224,6 +235,9 @@ impl Pool {
         self.leaving.cancel();
         self.actors.close();
         self.actors.wait().await;
+        if let Some(networks) = &self.networks {
+            networks.stop().await;
+        }
     }
 
     /// Deletes every sandbox, then ends as [`Self::leave`] does.

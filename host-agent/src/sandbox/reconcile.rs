@@ -135,6 +135,7 @@ async fn one(pool: &Arc<Pool>, record: SandboxRecord, making: Option<SnapshotRec
             swapped: false,
         }
     });
+    actor.attach_again();
     match actor.record.state {
         State::Running | State::Failed | State::Pausing | State::Paused | State::Resuming
             if actor.record.goes_with_exec =>
@@ -156,6 +157,7 @@ async fn one(pool: &Arc<Pool>, record: SandboxRecord, making: Option<SnapshotRec
         }
         State::Pausing if actor.is_sealed() => {
             end_monitor(&actor).await;
+            actor.detach().await;
             finish_pause(&mut actor).await;
             keep_paused(actor)
         }
@@ -379,6 +381,7 @@ async fn give_up(actor: &mut Actor, why: Failure) {
         }
         actor.pool.snapshots.put(snapshot);
     }
+    actor.detach().await;
     actor.store_failure(why).await;
 }
 
@@ -392,6 +395,7 @@ fn keep(actor: Actor) {
 
 async fn remove(pool: &Pool, actor: &mut Actor) {
     end_monitor(actor).await;
+    actor.detach().await;
     let mut changes = match actor.making.take() {
         Some(making) => actor.forget_making(making),
         None => Vec::new(),

@@ -9,6 +9,7 @@ use super::actor::Command;
 use crate::guest::Guest;
 use crate::id::SandboxId;
 use crate::monitor::{Control, anonymous_bytes};
+use crate::net::Denied;
 use crate::record::{MonitorIdentity, SandboxRecord};
 use crate::sync::lock;
 
@@ -33,10 +34,12 @@ pub struct Live {
     pub(super) monitor: MonitorIdentity,
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub enum ChangeKind {
     Changed,
     Deleted,
+    /// Its policy denied it something.
+    Denied(Denied),
 }
 
 #[derive(Debug, Clone)]
@@ -135,6 +138,17 @@ impl Registry {
             kind: ChangeKind::Changed,
             record: record.clone(),
         });
+    }
+
+    /// Tells watchers what a sandbox was denied.
+    pub(super) fn tell_denied(&self, id: &SandboxId, denied: Denied) {
+        let inner = lock(&self.inner);
+        if let Some(entry) = inner.entries.get(id) {
+            let _ = self.changes.send(Change {
+                kind: ChangeKind::Denied(denied),
+                record: entry.view.borrow().record.clone(),
+            });
+        }
     }
 
     pub(super) fn remove(&self, id: &SandboxId) {

@@ -151,6 +151,9 @@ impl Actor {
             self.files.create(self.record.layer)?
         };
         watch.lap("prepare");
+        if self.attach().await? {
+            watch.lap("network");
+        }
 
         let launched = self.launch(Wanted::Shell, watch)?;
         // The monitor's log tells whose it is, so that nothing is lost when the
@@ -163,14 +166,16 @@ impl Actor {
             snapshot: plan.snapshot.clone(),
             limit_ms: self.pool.config.timeouts.boot_ms,
         })??;
+        self.hand_over_tap();
         self.publish();
         watch.lap("restore");
 
         let guest = Guest::restored(&self.files.vsock_socket(), spares);
         // Asked for at once: the agent, suspended as it was saved, starts no program
         // before it has its identity.
+        let network = self.guest_network();
         let contract = async {
-            guest.configure(identity).await?;
+            guest.configure(identity, network).await?;
             watch.lap("contract");
             Ok(())
         };
@@ -201,7 +206,7 @@ impl Actor {
                 message: error.to_string(),
             })?)
         };
-        let (restore, fds) = restore_request(plan, layers, files, launched, kvm.as_ref());
+        let (restore, fds) = self.restore_request(plan, layers, files, launched, kvm.as_ref());
         let Some(machine) = &self.machine else {
             return Err(StartError::Protocol);
         };
@@ -235,37 +240,38 @@ impl Actor {
             .map(|(_, spare)| spare)
             .collect())
     }
-}
 
-fn restore_request<'fd>(
-    plan: &'fd Plan,
-    layers: &'fd RestoreFiles,
-    files: &'fd BootFiles,
-    launched: &'fd Launched,
-    kvm: Option<&'fd UsableKvm>,
-) -> (proto::Restore, Vec<BorrowedFd<'fd>>) {
-    let mut fds = Vec::new();
-    let mut attach = |fd: BorrowedFd<'fd>| {
-        fds.push(fd);
-        u32::try_from(fds.len() - 1).unwrap_or(u32::MAX)
-    };
-    let restore = proto::Restore {
-        kvm_fd: kvm.map(|kvm| attach(kvm.device.as_fd())),
-        state_fd: attach(layers.state.as_fd()),
-        memory_fds: layers.memory.iter().map(|fd| attach(fd.as_fd())).collect(),
-        disks: vec![proto::RestoreDisk {
-            base_fd: attach(plan.rootfs.as_fd()),
-            frozen_layer_fds: layers.disk.iter().map(|fd| attach(fd.as_fd())).collect(),
-            layer_fd: Some(attach(files.layer.as_fd())),
-            rate_limit: None,
-        }],
-        vsock_listener_fd: Some(attach(files.vsock_listener.as_fd())),
-        console_fd: None,
-        control_listener_fd: Some(attach(files.control_listener.as_fd())),
-        pagemap_fd: launched.pagemap.as_ref().map(|fd| attach(fd.as_fd())),
-        working_set_fd: layers.working_set.as_ref().map(|fd| attach(fd.as_fd())),
-        net: None,
-        record_working_set: plan.records,
-    };
-    (restore, fds)
+    fn restore_request<'fd>(
+        &'fd self,
+        plan: &'fd Plan,
+        layers: &'fd RestoreFiles,
+        files: &'fd BootFiles,
+        launched: &'fd Launched,
+        kvm: Option<&'fd UsableKvm>,
+    ) -> (proto::Restore, Vec<BorrowedFd<'fd>>) {
+        let mut fds = Vec::new();
+        let mut attach = |fd: BorrowedFd<'fd>| {
+            fds.push(fd);
+            u32::try_from(fds.len() - 1).unwrap_or(u32::MAX)
+        };
+        let restore = proto::Restore {
+            kvm_fd: kvm.map(|kvm| attach(kvm.device.as_fd())),
+            state_fd: attach(layers.state.as_fd()),
+            memory_fds: layers.memory.iter().map(|fd| attach(fd.as_fd())).collect(),
+            disks: vec![proto::RestoreDisk {
+                base_fd: attach(plan.rootfs.as_fd()),
+                frozen_layer_fds: layers.disk.iter().map(|fd| attach(fd.as_fd())).collect(),
+                layer_fd: Some(attach(files.layer.as_fd())),
+                rate_limit: None,
+            }],
+            vsock_listener_fd: Some(attach(files.vsock_listener.as_fd())),
+            console_fd: None,
+            control_listener_fd: Some(attach(files.control_listener.as_fd())),
+            pagemap_fd: launched.pagemap.as_ref().map(|fd| attach(fd.as_fd())),
+            working_set_fd: layers.working_set.as_ref().map(|fd| attach(fd.as_fd())),
+            net: Some(self.net_device(&mut attach)),
+            record_working_set: plan.records,
+        };
+        (restore, fds)
+    }
 }

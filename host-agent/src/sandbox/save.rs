@@ -240,11 +240,12 @@ impl Actor {
         let (Some(machine), Some(guest)) = (&self.machine, &self.guest) else {
             return Err(SaveError::Ended);
         };
-        let message = match timeout(AGENT, guest.configure(Identity::Same)).await {
-            Ok(Ok(())) => return Ok(()),
-            Ok(Err(status)) => printable(status.message(), MAX_SENTENCE_CHARS),
-            Err(_) => "no answer".to_owned(),
-        };
+        let message =
+            match timeout(AGENT, guest.configure(Identity::Same, self.guest_network())).await {
+                Ok(Ok(())) => return Ok(()),
+                Ok(Err(status)) => printable(status.message(), MAX_SENTENCE_CHARS),
+                Err(_) => "no answer".to_owned(),
+            };
         let step = "let its programs run on";
         self.verdict.get_or_insert_with(|| {
             let message = format!("the guest's agent failed to {step}: {message}");

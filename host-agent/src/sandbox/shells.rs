@@ -285,7 +285,7 @@ impl Shell {
                 memory_mib: shape.memory_mib,
                 block_devices: 1,
                 vsock: true,
-                net: false,
+                net: true,
             }),
             kvm_fd: 0,
         });

@@ -12,7 +12,9 @@ use super::{MAX_DISK_MIB, MAX_MEMORY_MIB, MAX_TTL_SECONDS, MAX_VCPUS, MIN_MEMORY
 use crate::admission::Amounts;
 use crate::config::{Defaults, Limits};
 use crate::id::SnapshotId;
+use crate::net::Policy;
 use crate::record::Resources;
+use crate::service::convert::policy_from_proto;
 use crate::status::FieldViolation;
 use crate::template::{Manifest, is_template_name};
 
@@ -35,6 +37,17 @@ pub struct CreateSpec {
     pub disk_mib: Option<u32>,
     pub ttl: Option<Duration>,
     pub labels: BTreeMap<String, String>,
+    pub network: NetworkSpec,
+}
+
+/// What a sandbox may reach.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
+pub enum NetworkSpec {
+    /// The node's default.
+    #[default]
+    Default,
+    None,
+    Policy(Box<Policy>),
 }
 
 /// A snapshot to be made.
@@ -100,6 +113,7 @@ impl CreateSpec {
         }
         let ttl = check_ttl(request.ttl, &mut violations);
         let labels = check_labels(request.labels, &mut violations);
+        let network = check_network(request.network, &mut violations);
         violations.into_result()?;
         Ok(Self {
             request_id: Some(request.request_id).filter(|id| !id.is_empty()),
@@ -109,6 +123,7 @@ impl CreateSpec {
             disk_mib: non_zero(resources.disk_mib),
             ttl,
             labels,
+            network,
         })
     }
 
@@ -326,6 +341,26 @@ fn check_ttl(ttl: Option<prost_types::Duration>, violations: &mut Violations) ->
             None
         }
     })
+}
+
+fn check_network(
+    network: Option<proto::create_sandbox_request::Network>,
+    violations: &mut Violations,
+) -> NetworkSpec {
+    use proto::create_sandbox_request::Network;
+    match network {
+        None | Some(Network::NoNetwork(false)) => NetworkSpec::Default,
+        Some(Network::NoNetwork(true)) => NetworkSpec::None,
+        Some(Network::NetworkPolicy(policy)) => {
+            match policy_from_proto(&policy, "network_policy") {
+                Ok(policy) => NetworkSpec::Policy(Box::new(policy)),
+                Err(found) => {
+                    violations.0.extend(found);
+                    NetworkSpec::Default
+                }
+            }
+        }
+    }
 }
 
 fn check_labels(

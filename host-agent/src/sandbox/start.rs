@@ -17,7 +17,7 @@ use super::requests::Claimed;
 use crate::guest::{Guest, Identity};
 use crate::kvm::UsableKvm;
 use crate::monitor::RequestError;
-use crate::record::{Chains, Resources, Transition};
+use crate::record::{Chains, Transition};
 use crate::template::OpenTemplate;
 use crate::text::printable;
 use crate::time::Stopwatch;
@@ -93,6 +93,7 @@ impl Actor {
         if let Some(mut machine) = self.machine.take() {
             machine.process.end().await;
         }
+        self.detach().await;
         let removed = self.files.remove();
         removed.map_err(|source| StartError::Prepare {
             what: "folder",
@@ -112,6 +113,9 @@ impl Actor {
     ) -> Result<(), StartError> {
         let files = self.files.create(self.record.layer)?;
         watch.lap("prepare");
+        if self.attach().await? {
+            watch.lap("network");
+        }
 
         let launched = self.launch(Wanted::New, watch)?;
         self.note().await?;
@@ -129,11 +133,12 @@ impl Actor {
                 });
             }
         }
+        self.hand_over_tap();
         watch.lap("boot");
 
         let guest = Guest::new(&self.files.vsock_socket());
         let hostname = self.record.id.as_str().to_owned();
-        let configured = guest.configure(Identity::New(&hostname));
+        let configured = guest.configure(Identity::New(&hostname), self.guest_network());
         self.ask("take its name and the time", configured).await?;
         watch.lap("configure");
 
@@ -163,8 +168,8 @@ impl Actor {
             code: proto::error::Code::Kvm,
             message: error.to_string(),
         })?;
-        let (boot, fds) = boot_request(self.record.resources, template, &kvm, &files, &launched);
-        let Some(machine) = self.machine.as_mut() else {
+        let (boot, fds) = self.boot_request(template, &kvm, &files, &launched);
+        let Some(machine) = &self.machine else {
             return Err(StartError::Protocol);
         };
         let booted = match machine.control.request(request::Op::Boot(boot), &fds).await {
@@ -184,6 +189,9 @@ impl Actor {
             let name = format!("boot.{}", stage.stage);
             watch.push(&name, Duration::from_nanos(stage.duration_ns));
         }
+        let Some(machine) = self.machine.as_mut() else {
+            return Err(StartError::Protocol);
+        };
         let Some(hello) = machine.ready().await else {
             return Err(StartError::Ended(self.bury().await));
         };
@@ -223,6 +231,46 @@ impl Actor {
         Err(StartError::Agent { step, message })
     }
 
+    fn boot_request<'fd>(
+        &'fd self,
+        template: &'fd OpenTemplate,
+        kvm: &'fd UsableKvm,
+        files: &'fd BootFiles,
+        launched: &'fd Launched,
+    ) -> (proto::Boot, Vec<BorrowedFd<'fd>>) {
+        let resources = self.record.resources;
+        let mut fds = Vec::new();
+        let mut attach = |fd: BorrowedFd<'fd>| {
+            fds.push(fd);
+            u32::try_from(fds.len() - 1).unwrap_or(u32::MAX)
+        };
+        let boot = proto::Boot {
+            kvm_fd: attach(kvm.device.as_fd()),
+            kernel_fd: attach(template.kernel.as_fd()),
+            console_fd: None,
+            control_listener_fd: Some(attach(files.control_listener.as_fd())),
+            pagemap_fd: launched.pagemap.as_ref().map(|fd| attach(fd.as_fd())),
+            machine: Some(proto::MachineConfig {
+                vcpu_count: resources.vcpus,
+                memory_mib: resources.memory_mib,
+                cmdline: KERNEL_CMDLINE.to_owned(),
+                block_devices: vec![proto::BlockDevice {
+                    id: "root".to_owned(),
+                    size_bytes: u64::from(resources.disk_mib) << 20,
+                    base_fd: attach(template.rootfs.as_fd()),
+                    layer_fd: Some(attach(files.layer.as_fd())),
+                    rate_limit: None,
+                }],
+                vsock: Some(proto::VsockDevice {
+                    guest_cid: GUEST_CID,
+                    listener_fd: attach(files.vsock_listener.as_fd()),
+                }),
+                net: Some(self.net_device(&mut attach)),
+            }),
+        };
+        (boot, fds)
+    }
+
     async fn console_tail(&self) -> String {
         let Some(machine) = &self.machine else {
             return String::new();
@@ -232,45 +280,6 @@ impl Actor {
             _ => String::new(),
         }
     }
-}
-
-fn boot_request<'fd>(
-    resources: Resources,
-    template: &'fd OpenTemplate,
-    kvm: &'fd UsableKvm,
-    files: &'fd BootFiles,
-    launched: &'fd Launched,
-) -> (proto::Boot, Vec<BorrowedFd<'fd>>) {
-    let mut fds = Vec::new();
-    let mut attach = |fd: BorrowedFd<'fd>| {
-        fds.push(fd);
-        u32::try_from(fds.len() - 1).unwrap_or(u32::MAX)
-    };
-    let boot = proto::Boot {
-        kvm_fd: attach(kvm.device.as_fd()),
-        kernel_fd: attach(template.kernel.as_fd()),
-        console_fd: None,
-        control_listener_fd: Some(attach(files.control_listener.as_fd())),
-        pagemap_fd: launched.pagemap.as_ref().map(|fd| attach(fd.as_fd())),
-        machine: Some(proto::MachineConfig {
-            vcpu_count: resources.vcpus,
-            memory_mib: resources.memory_mib,
-            cmdline: KERNEL_CMDLINE.to_owned(),
-            block_devices: vec![proto::BlockDevice {
-                id: "root".to_owned(),
-                size_bytes: u64::from(resources.disk_mib) << 20,
-                base_fd: attach(template.rootfs.as_fd()),
-                layer_fd: Some(attach(files.layer.as_fd())),
-                rate_limit: None,
-            }],
-            vsock: Some(proto::VsockDevice {
-                guest_cid: GUEST_CID,
-                listener_fd: attach(files.vsock_listener.as_fd()),
-            }),
-            net: None,
-        }),
-    };
-    (boot, fds)
 }
 
 #[cfg(test)]

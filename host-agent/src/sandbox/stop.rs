@@ -31,11 +31,16 @@ impl Actor {
         if let Some(mut machine) = self.machine.take() {
             machine.stop().await;
         }
+        // Not to be cut off half-way by what comes next.
+        let mut detached = Some(tokio::spawn(self.detach()));
         let leave = self.pool.leaving.clone();
         loop {
             let removed = self.remove().await;
             if let Err(error) = &removed {
                 tracing::error!(sandbox = %self.record.id, %error, "not removed");
+            }
+            if let Some(detached) = detached.take() {
+                let _ = detached.await;
             }
             answer(&mut deletes, &removed);
             // Also when something is left: that can take for ever.

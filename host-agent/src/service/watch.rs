@@ -57,11 +57,15 @@ async fn feed(mut subscription: Subscription, labels: &HashMap<String, String>, 
         let told = match subscription.changes.recv().await {
             Ok(change) if !change.record.matches(labels) => continue,
             Ok(change) => {
-                let kind = match change.kind {
-                    ChangeKind::Changed => Kind::Changed,
-                    ChangeKind::Deleted => Kind::Deleted,
+                let (kind, denied) = match &change.kind {
+                    ChangeKind::Changed => (Kind::Changed, None),
+                    ChangeKind::Deleted => (Kind::Deleted, None),
+                    ChangeKind::Denied(denied) => (Kind::Denied, Some(denied.into())),
                 };
-                Ok(response(kind, &change.record))
+                Ok(proto::WatchSandboxesResponse {
+                    denied,
+                    ..response(kind, &change.record)
+                })
             }
             Err(RecvError::Lagged(missed)) => Err(status(&WatchError::FellBehind { missed })),
             Err(RecvError::Closed) => return,

@@ -1,4 +1,4 @@
-//! Which code and which reason the errors of a sandbox's ports have.
+//! Which code and which reason the errors of a sandbox's network and ports have.
 
 use std::time::Duration;
 
@@ -6,6 +6,8 @@ use tonic::Code;
 
 use super::{Explain, FieldViolation};
 use crate::ingress::{DialError, ForwardError};
+use crate::net::NoSlot;
+use crate::sandbox::NetworkError;
 
 /// How long a guest that took no connection should be left alone.
 const RETRY: Duration = Duration::from_secs(1);
@@ -70,6 +72,36 @@ impl Explain for ForwardError {
             Self::NoPort => violation("port"),
             Self::NoSuchAddress(_) => violation("bind_address"),
             _ => Vec::new(),
+        }
+    }
+}
+
+impl Explain for NetworkError {
+    fn code(&self) -> Code {
+        match self {
+            Self::Off | Self::None(_) => Code::FailedPrecondition,
+            Self::NoSlot(NoSlot::NotReady) => Code::Unavailable,
+            Self::NoSlot(NoSlot::Exhausted { .. }) => Code::ResourceExhausted,
+            Self::NoSlot(NoSlot::Make(_)) | Self::Slot(_) | Self::Monitor(_) | Self::Store(_) => {
+                Code::Internal
+            }
+        }
+    }
+
+    fn reason(&self) -> &str {
+        match self {
+            Self::Off => "NETWORK_DISABLED",
+            Self::None(_) => "SANDBOX_HAS_NO_NETWORK",
+            Self::NoSlot(NoSlot::NotReady | NoSlot::Exhausted { .. }) => "NETWORK_SLOTS_EXHAUSTED",
+            Self::NoSlot(NoSlot::Make(_)) | Self::Slot(_) | Self::Monitor(_) => "NETWORK_FAILED",
+            Self::Store(_) => "STORE_FAILED",
+        }
+    }
+
+    fn retry_after(&self) -> Option<Duration> {
+        match self {
+            Self::NoSlot(NoSlot::NotReady | NoSlot::Exhausted { .. }) => Some(RETRY),
+            _ => None,
         }
     }
 }

@@ -46,6 +46,7 @@ impl Explain for CreateError {
             Self::Exhausted(error) => error.code(),
             Self::Random(_) | Self::ActorLost => Code::Internal,
             Self::Start(error) => error.code(),
+            Self::Network(error) => error.code(),
             Self::SnapshotNotFound(_) => Code::NotFound,
         }
     }
@@ -62,6 +63,7 @@ impl Explain for CreateError {
             Self::Random(_) => "HOST_FAILED",
             Self::ActorLost => "INTERNAL",
             Self::Start(error) => error.reason(),
+            Self::Network(error) => error.reason(),
         }
     }
 
@@ -70,6 +72,7 @@ impl Explain for CreateError {
             Self::Draining => Some(RETRY),
             Self::Exhausted(error) => error.retry_after(),
             Self::Start(error) => error.retry_after(),
+            Self::Network(error) => error.retry_after(),
             _ => None,
         }
     }
@@ -108,6 +111,7 @@ impl Explain for StartError {
                 _ => Code::Internal,
             },
             Self::Restore(error) => error.code(),
+            Self::Network(error) => error.code(),
             Self::Ended(failure) => failure_code(&failure.reason),
             Self::Gone => Code::Unavailable,
             Self::BootTimeout { .. } => Code::DeadlineExceeded,
@@ -131,6 +135,7 @@ impl Explain for StartError {
             },
             Self::Protocol => "PROTOCOL_MISMATCH",
             Self::Restore(error) => error.reason(),
+            Self::Network(error) => error.reason(),
             Self::Ended(failure) => &failure.reason,
             Self::Gone => "MONITOR_DIED",
             Self::BootTimeout { .. } => "BOOT_TIMEOUT",
@@ -253,6 +258,7 @@ impl Explain for OperateError {
             Self::Save(error) => error.code(),
             Self::Exhausted(error) => error.code(),
             Self::Start(error) => error.code(),
+            Self::Network(error) => error.code(),
             Self::SnapshotNotFound(_) => Code::NotFound,
             Self::Cleanup { .. } => Code::Internal,
         }
@@ -267,6 +273,7 @@ impl Explain for OperateError {
             Self::Save(error) => error.reason(),
             Self::Exhausted(error) => error.reason(),
             Self::Start(error) => error.reason(),
+            Self::Network(error) => error.reason(),
             Self::SnapshotNotFound(_) => "SNAPSHOT_NOT_FOUND",
             Self::OtherSandbox { .. } => "SNAPSHOT_OF_ANOTHER",
             Self::InUse { .. } => "SNAPSHOT_IN_USE",
@@ -281,6 +288,7 @@ impl Explain for OperateError {
             Self::Save(error) => error.retry_after(),
             Self::Exhausted(error) => error.retry_after(),
             Self::Start(error) => error.retry_after(),
+            Self::Network(error) => error.retry_after(),
             _ => None,
         }
     }

@@ -10,6 +10,7 @@ use crate::support::{Daemon, Host};
 
 mod faults;
 mod lifecycle;
+mod network;
 mod programs;
 mod snapshots;
 
@@ -118,6 +119,7 @@ pub(crate) const ALL: &[Test] = &[
         "memory_comes_back_to_the_host",
         snapshots::memory_comes_back_to_the_host,
     ),
+    ("sandboxes_have_networks", network::sandboxes_have_networks),
     (
         "a_monitor_killed_while_paused_is_not_missed",
         snapshots::a_monitor_killed_while_paused_is_not_missed,
@@ -209,13 +211,10 @@ pub(crate) fn snapshotted() -> impl std::ops::DerefMut<Target = Snapshotted> {
         let host = real_host(CONFIG);
         let daemon = Some(host.start());
         let snapshotted = Snapshotted { host, daemon };
-        eventually("the template has its snapshot", || {
-            let listed = succeed(
-                snapshotted
-                    .host
-                    .soulbox(&["snapshot", "ls", "--output", "json"]),
-            )?;
-            Ok(listed.contains("\"sn-"))
+        eventually("sandboxes start from the template's snapshot", || {
+            let daemon = snapshotted.daemon.as_ref();
+            let log = daemon.map(Daemon::log).unwrap_or_default();
+            Ok(log.iter().any(|line| line.contains("start from a snapshot")))
         })
         .unwrap();
         Mutex::new(snapshotted)

@@ -60,6 +60,10 @@ impl Host {
         for (name, path) in all {
             config.push_str(&format!("{name} = {path:?}\n"));
         }
+        // One daemon has a host's network at a time, and tests have many.
+        if !extra.contains("[network]") {
+            config.push_str("[network]\nenabled = false\n");
+        }
         config.push_str(extra);
         fs::create_dir(at("templates")).unwrap();
         fs::write(at("soulboxd.toml"), &config).unwrap();
@@ -92,8 +96,18 @@ impl Host {
 
     /// Starts a daemon and waits until it serves.
     pub fn start(&self) -> Daemon {
-        let mut child = self
-            .soulboxd()
+        self.start_as(self.soulboxd())
+    }
+
+    /// As [`Self::start`], by a program that executes what its arguments say.
+    pub fn start_through(&self, mut launcher: Command) -> Daemon {
+        let soulboxd = self.soulboxd();
+        launcher.arg(soulboxd.get_program()).args(soulboxd.get_args());
+        self.start_as(launcher)
+    }
+
+    fn start_as(&self, mut command: Command) -> Daemon {
+        let mut child = command
             .stdin(Stdio::null())
             .stderr(Stdio::piped())
             .spawn()

@@ -34,9 +34,16 @@ pub(super) fn sandbox(record: &SandboxRecord) -> proto::Sandbox {
             .parent
             .as_ref()
             .map_or_else(String::new, ToString::to_string),
-        network: None,
-        addresses: Vec::new(),
+        network: record.network.as_deref().map(policy_to_proto),
+        addresses: addresses(record),
     }
+}
+
+/// Where the host reaches its ports, while it runs.
+pub(super) fn addresses(record: &SandboxRecord) -> Vec<String> {
+    let slot = record.slot.filter(|_| record.state == State::Running);
+    slot.map(|slot| vec![slot.ipv4.to_string(), slot.ipv6.to_string()])
+        .unwrap_or_default()
 }
 
 pub(super) fn created(created: Created) -> proto::CreateSandboxResponse {

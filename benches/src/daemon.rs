@@ -11,11 +11,29 @@ use anyhow::{Context, Result, bail, ensure};
 use rustix::process::{Pid, Signal, kill_process};
 use tempfile::TempDir;
 
+use crate::scratch::Scratch;
+
 /// How long it may take to serve.
 const START: Duration = Duration::from_secs(60);
 
+/// Which soulboxd.
+#[derive(Debug, clap::Args)]
+#[command(next_help_heading = "Linux guests")]
+#[group(id = "soulboxd")]
+pub(crate) struct Options {
+    /// Measure through the soulboxd that serves this socket
+    #[arg(long, value_name = "unix:SOCKET", conflicts_with = "daemon")]
+    host: Option<String>,
+    /// Start a soulboxd of its own from this folder, with soulbox-vmm in it
+    #[arg(long, value_name = "BIN_DIR", requires = "templates")]
+    daemon: Option<PathBuf>,
+    /// The templates of that soulboxd
+    #[arg(long, value_name = "DIR", requires = "daemon")]
+    templates: Option<PathBuf>,
+}
+
 /// Where the API is. Dropping one's own daemon stops it and its sandboxes.
-pub(super) struct Daemon {
+pub(crate) struct Daemon {
     socket: PathBuf,
     own: Option<Own>,
 }
@@ -26,11 +44,30 @@ struct Own {
     _folder: TempDir,
 }
 
+// === impl Options ===
+
+impl Options {
+    pub(crate) fn names_one(&self) -> bool {
+        self.host.is_some() || self.daemon.is_some()
+    }
+
+    pub(crate) fn find(&self, scratch: &Scratch) -> Result<Daemon> {
+        match (&self.host, &self.daemon, &self.templates) {
+            (Some(host), _, _) => Daemon::at(host),
+            (None, Some(bin), Some(templates)) => Daemon::start(bin, templates, scratch.folder()?),
+            _ => bail!(
+                "Linux guests are run by a soulboxd: name a running one with --host unix:SOCKET, \
+                 or have one started with --daemon BIN_DIR --templates DIR"
+            ),
+        }
+    }
+}
+
 // === impl Daemon ===
 
 impl Daemon {
     /// One that runs already, at `unix:PATH`.
-    pub(super) fn at(host: &str) -> Result<Self> {
+    pub(crate) fn at(host: &str) -> Result<Self> {
         let path = host.strip_prefix("unix:").unwrap_or_default();
         let socket = PathBuf::from(path.strip_prefix("//").unwrap_or(path));
         ensure!(
@@ -41,7 +78,7 @@ impl Daemon {
     }
 
     /// Starts one that may hand out more than there is: clones share what they have.
-    pub(super) fn start(bin: &Path, templates: &Path, folder: TempDir) -> Result<Self> {
+    pub(crate) fn start(bin: &Path, templates: &Path, folder: TempDir) -> Result<Self> {
         let bin = std::path::absolute(bin)?;
         let socket = folder.path().join("soulboxd.sock");
         let config = folder.path().join("soulboxd.toml");
@@ -94,7 +131,7 @@ impl Daemon {
         Ok(())
     }
 
-    pub(super) fn socket(&self) -> &Path {
+    pub(crate) fn socket(&self) -> &Path {
         &self.socket
     }
 }
