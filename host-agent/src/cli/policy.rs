@@ -378,6 +378,16 @@ mod tests {
     }
 
     #[test]
+    fn the_documentation_shows_a_policy() {
+        let documented = include_str!("../../../docs/protocol.md");
+        let (_, from) = documented.split_once("```\n{\"internet\"").unwrap();
+        let (policy, _) = from.split_once("```").unwrap();
+        let policy = parse(&format!("{{\"internet\"{policy}")).unwrap();
+        assert_eq!(policy.violations(), []);
+        assert_eq!(policy.allow_domains.len(), 2);
+    }
+
+    #[test]
     fn a_wrong_field_is_named() {
         for (text, said) in [
             (

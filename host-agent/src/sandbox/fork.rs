@@ -136,7 +136,10 @@ impl Pool {
     }
 
     /// What its children take, and what they may reach.
-    fn check_forkable(&self, id: &SandboxId) -> Result<(Resources, Option<Box<Policy>>), OperateError> {
+    fn check_forkable(
+        &self,
+        id: &SandboxId,
+    ) -> Result<(Resources, Option<Box<Policy>>), OperateError> {
         if self.is_draining() {
             return Err(OperateError::Draining);
         }

@@ -351,10 +351,7 @@ impl Actor {
     }
 
     /// Replaces the policy of a sandbox that runs or is paused.
-    pub(super) async fn set_policy(
-        &mut self,
-        policy: Box<Policy>,
-    ) -> Result<Policy, NetworkError> {
+    pub(super) async fn set_policy(&mut self, policy: Box<Policy>) -> Result<Policy, NetworkError> {
         if self.record.network.is_none() {
             return Err(NetworkError::None(self.record.id.clone()));
         }

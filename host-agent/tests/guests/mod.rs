@@ -214,7 +214,9 @@ pub(crate) fn snapshotted() -> impl std::ops::DerefMut<Target = Snapshotted> {
         eventually("sandboxes start from the template's snapshot", || {
             let daemon = snapshotted.daemon.as_ref();
             let log = daemon.map(Daemon::log).unwrap_or_default();
-            Ok(log.iter().any(|line| line.contains("start from a snapshot")))
+            Ok(log
+                .iter()
+                .any(|line| line.contains("start from a snapshot")))
         })
         .unwrap();
         Mutex::new(snapshotted)

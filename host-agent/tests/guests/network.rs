@@ -37,7 +37,8 @@ struct World {
 
 impl World {
     fn new() -> Result<Self> {
-        let link = format!("link add up0 netns {HOST_SPACE} type veth peer name eth0 netns {INTERNET}");
+        let link =
+            format!("link add up0 netns {HOST_SPACE} type veth peer name eth0 netns {INTERNET}");
         for line in [
             format!("netns add {HOST_SPACE}"),
             format!("netns add {INTERNET}"),
@@ -65,8 +66,16 @@ impl World {
         start.arg(format!("--net=/run/netns/{HOST_SPACE}"));
         let daemon = host.start_through(start);
         let begun = std::time::Instant::now();
-        while !daemon.log().iter().any(|line| line.contains("start from a snapshot")) {
-            ensure!(begun.elapsed() < TEMPLATE, "no template snapshot: {:#?}", daemon.log());
+        while !daemon
+            .log()
+            .iter()
+            .any(|line| line.contains("start from a snapshot"))
+        {
+            ensure!(
+                begun.elapsed() < TEMPLATE,
+                "no template snapshot: {:#?}",
+                daemon.log()
+            );
             std::thread::sleep(Duration::from_millis(100));
         }
         Ok(Self {
@@ -86,7 +95,9 @@ impl World {
     }
 
     fn python(&self, id: &str, script: &str) -> Result<String> {
-        let output = self.host.soulbox(&["exec", id, "--", "python3", "-c", script]);
+        let output = self
+            .host
+            .soulbox(&["exec", id, "--", "python3", "-c", script]);
         Ok(succeed(output)?.trim().to_owned())
     }
 }
@@ -171,7 +182,10 @@ fn through_proxy(host: &str) -> Result<String> {
     inside(HOST_SPACE, || {
         let mut proxy = TcpStream::connect((Ipv4Addr::LOCALHOST, PROXY_PORT))?;
         proxy.set_read_timeout(Some(Duration::from_secs(60)))?;
-        write!(proxy, "GET / HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n")?;
+        write!(
+            proxy,
+            "GET / HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n"
+        )?;
         let mut answer = String::new();
         proxy.read_to_string(&mut answer)?;
         Ok(answer)
@@ -203,7 +217,10 @@ fn a_guest_reaches_what_its_policy_allows(world: &World) -> Result<()> {
         ensure!(!got.contains("imeout"), "{url}: {got}");
     }
     let shown = succeed(host.soulbox(&["net", "show", &id, "--output", "json"]))?;
-    ensure!(shown.contains("\"private\""), "no denied attempt in {shown}");
+    ensure!(
+        shown.contains("\"private\""),
+        "no denied attempt in {shown}"
+    );
 
     succeed(host.soulbox(&["net", "set", &id, "off"]))?;
     let got = world.fetch(&id, &format!("http://{SERVER}/"))?;
@@ -234,7 +251,10 @@ fn a_guests_ports_are_reached(world: &World) -> Result<()> {
             Ok(through_proxy(&name)?.contains("from-the-guest"))
         })?;
         let closed = through_proxy(&format!("9-{id}.sb.test"))?;
-        ensure!(closed.starts_with("HTTP/1.1 502") && closed.contains("PORT_CLOSED"), "{closed}");
+        ensure!(
+            closed.starts_with("HTTP/1.1 502") && closed.contains("PORT_CLOSED"),
+            "{closed}"
+        );
 
         let forward = succeed(host.soulbox(&["port", &id, "8000"]))?;
         let address: SocketAddr = forward.trim().parse().with_context(|| forward.clone())?;
@@ -278,7 +298,10 @@ fn children_have_networks_of_their_own(world: &World) -> Result<()> {
     let children: Vec<&str> = forked.lines().collect();
     let mac = |id: &str| succeed(sh(host, id, "cat /sys/class/net/eth0/address"));
     let macs = [mac(&parent)?, mac(children[0])?, mac(children[1])?];
-    ensure!(macs[0] != macs[1] && macs[1] != macs[2] && macs[0] != macs[2], "{macs:?}");
+    ensure!(
+        macs[0] != macs[1] && macs[1] != macs[2] && macs[0] != macs[2],
+        "{macs:?}"
+    );
     for child in &children {
         eventually("what the parent had connected is reset", || {
             Ok(sh(host, child, "test -s /tmp/ended").status.success())
@@ -288,7 +311,10 @@ fn children_have_networks_of_their_own(world: &World) -> Result<()> {
         assert_eq!(world.fetch(child, "http://web.test/")?, "internet");
     }
     // The parent's goes on.
-    ensure!(!sh(host, &parent, "test -s /tmp/ended").status.success(), "the parent's ended");
+    ensure!(
+        !sh(host, &parent, "test -s /tmp/ended").status.success(),
+        "the parent's ended"
+    );
     // Back from a pause it has another slot, and reaches what it did.
     succeed(host.soulbox(&["pause", &parent]))?;
     succeed(host.soulbox(&["resume", &parent]))?;

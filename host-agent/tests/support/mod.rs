@@ -102,7 +102,9 @@ impl Host {
     /// As [`Self::start`], by a program that executes what its arguments say.
     pub fn start_through(&self, mut launcher: Command) -> Daemon {
         let soulboxd = self.soulboxd();
-        launcher.arg(soulboxd.get_program()).args(soulboxd.get_args());
+        launcher
+            .arg(soulboxd.get_program())
+            .args(soulboxd.get_args());
         self.start_as(launcher)
     }
 
