@@ -389,6 +389,35 @@ async fn what_is_not_there_is_said_and_deleting_it_succeeds() {
 }
 
 #[tokio::test]
+async fn the_command_line_asks_for_networks() {
+    let host = Host::new("");
+    let _daemon = host.start();
+    let refused: [(&[&str], &str); 7] = [
+        (
+            &["create", "--net", "off", "--dns", "127.0.0.53"],
+            "network_policy.dns_servers[0] 127.0.0.53",
+        ),
+        (&["net", "show", NO_SANDBOX], NO_SANDBOX),
+        (&["net", "set", NO_SANDBOX, "off"], NO_SANDBOX),
+        (&["net", "set", NO_SANDBOX, "--dns", "9.9.9.9"], NO_SANDBOX),
+        (&["port", NO_SANDBOX, "80"], NO_SANDBOX),
+        (&["port", "--rm", "nonsense"], "host_address"),
+        (&["connect", NO_SANDBOX, "80"], NO_SANDBOX),
+    ];
+    for (args, said) in refused {
+        let output = host.soulbox(args);
+        let errors = text(&output.stderr);
+        assert_eq!(output.status.code(), Some(1), "{args:?}: {errors}");
+        assert!(errors.contains(said), "{args:?}: {errors}");
+    }
+    let forwards = host.soulbox(&["port", "--output", "json"]);
+    assert_eq!(text(&forwards.stdout), "[]\n");
+    let gone = host.soulbox(&["port", "--rm", "127.0.0.1:1", "--rm", "[::1]:1"]);
+    assert_eq!(text(&gone.stdout), "127.0.0.1:1\n[::1]:1\n");
+    assert!(gone.status.success());
+}
+
+#[tokio::test]
 async fn reflection_and_health_answer() {
     let host = Host::new("");
     let daemon = host.start();

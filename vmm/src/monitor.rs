@@ -13,7 +13,7 @@ use soulbox_proto::vmm::v1::{
 };
 
 use crate::bus::lock;
-use crate::config::{SnapshotRequest, working_set_file};
+use crate::config::{snapshot_files, working_set_file};
 use crate::console::Console;
 use crate::control::{ControlSocket, Incoming, ReceiveError, Received, Wait};
 use crate::devices::Chip;
@@ -249,8 +249,8 @@ impl Monitor {
                 let metrics = machine.metrics(&self.console);
                 control.reply(id, ReplyResult::Metrics(metrics))
             }
-            Some(Op::Snapshot(snapshot)) => match SnapshotRequest::from_message(snapshot, fds) {
-                Ok(snapshot) => match machine.snapshot(snapshot.files) {
+            Some(Op::Snapshot(snapshot)) => match snapshot_files(&snapshot, fds) {
+                Ok(files) => match machine.snapshot(files) {
                     Ok(snapshotted) => control.reply(id, ReplyResult::Snapshotted(snapshotted)),
                     Err(error) => control.refuse(id, error.code(), error_chain(&error)),
                 },

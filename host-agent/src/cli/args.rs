@@ -3,7 +3,11 @@
 use std::ffi::OsString;
 use std::time::Duration;
 
-use clap::{Parser, Subcommand, ValueEnum};
+use clap::builder::{PathBufValueParser, TypedValueParser as _};
+use clap::{Parser, Subcommand, ValueEnum, ValueHint};
+
+use super::policy::{Additions, Base, NetArgs};
+use super::ports::Mapping;
 
 const DEFAULT_HOST: &str = "unix:/run/soulbox/soulboxd.sock";
 
@@ -84,7 +88,27 @@ pub(super) enum Command {
     },
     /// Make copies of a running sandbox and print their ids.
     Fork(ForkArgs),
-    /// Print sandboxes, then each change, until interrupted.
+    /// What a sandbox may reach.
+    Net {
+        #[command(subcommand)]
+        command: NetCommand,
+    },
+    /// Lead a port of the host to one of a sandbox, for as long as that runs.
+    ///
+    /// With a port it prints the address on the host. Without, it lists what there is.
+    Port(PortArgs),
+    /// Connect standard input and output to a TCP port of a sandbox.
+    ///
+    /// Works without a network in the sandbox, and as a ProxyCommand of ssh.
+    Connect {
+        /// The sandbox.
+        id: String,
+        /// Of a server in it.
+        #[arg(value_parser = clap::value_parser!(u16).range(1..))]
+        port: u16,
+    },
+    /// Print sandboxes, then each change and what their networks deny, until
+    /// interrupted.
     Watch {
         /// Only those with this label; may be repeated.
         #[arg(long = "label", value_name = "KEY=VALUE", value_parser = pair)]
@@ -125,6 +149,39 @@ pub(super) enum SnapshotCommand {
         #[arg(required = true)]
         ids: Vec<String>,
     },
+}
+
+#[derive(Debug, Subcommand)]
+pub(super) enum NetCommand {
+    /// Show its policy, its addresses and what went through.
+    Show { id: String },
+    /// Change what it may reach, at once. Without a POLICY the flags add to what it has.
+    Set(NetSetArgs),
+}
+
+#[derive(Debug, clap::Args)]
+pub(super) struct NetSetArgs {
+    /// The sandbox.
+    pub(super) id: String,
+    /// off, internet, or a FILE, as for `create --net`. Replaces all it has.
+    #[arg(value_name = "POLICY", value_hint = ValueHint::FilePath,
+        value_parser = PathBufValueParser::new().map(Base::from))]
+    pub(super) policy: Option<Base>,
+    #[command(flatten)]
+    pub(super) additions: Additions,
+}
+
+#[derive(Debug, clap::Args)]
+pub(super) struct PortArgs {
+    /// The sandbox [default: list those of all].
+    pub(super) id: Option<String>,
+    /// Its port, and where the host is to listen [default: any free port of the node's
+    /// default address].
+    #[arg(value_name = "[HOST_IP:][HOST_PORT:]PORT")]
+    pub(super) mapping: Option<Mapping>,
+    /// Remove what leads from this address of the host; may be repeated.
+    #[arg(long = "rm", value_name = "HOST_IP:HOST_PORT", conflicts_with = "id")]
+    pub(super) remove: Vec<String>,
 }
 
 #[derive(Debug, clap::Args)]
@@ -239,6 +296,8 @@ pub(super) struct SandboxArgs {
     /// A label; may be repeated.
     #[arg(long = "label", value_name = "KEY=VALUE", value_parser = pair)]
     pub(super) labels: Vec<(String, String)>,
+    #[command(flatten)]
+    pub(super) net: NetArgs,
 }
 
 #[derive(Debug, clap::Args)]
@@ -327,6 +386,42 @@ mod tests {
         assert_eq!(run.argv[..3], ["ls", "-l", "--keep"].map(OsString::from));
         assert_eq!(run.argv.last(), Some(&odd));
         assert!(run.process.interactive && !run.keep);
+    }
+
+    #[test]
+    fn a_port_is_added_listed_or_removed() {
+        let parse = |args: &[&str]| {
+            let args = ["soulbox", "port"].iter().chain(args);
+            match Args::try_parse_from(args)?.command {
+                Command::Port(args) => Ok::<_, clap::Error>(args),
+                other => panic!("{other:?}"),
+            }
+        };
+        let added = parse(&["sb-1", "127.0.0.1:9000:80"]).unwrap();
+        assert!(added.id.is_some() && added.mapping.is_some());
+        assert!(parse(&[]).unwrap().id.is_none());
+        let removed = parse(&["--rm", "127.0.0.1:9000", "--rm", "[::1]:9000"]).unwrap();
+        assert_eq!(removed.remove, ["127.0.0.1:9000", "[::1]:9000"]);
+        for wrong in [&["sb-1", "0"][..], &["sb-1", "--rm", "127.0.0.1:9000"]] {
+            assert!(parse(wrong).is_err(), "{wrong:?}");
+        }
+    }
+
+    #[test]
+    fn a_network_is_replaced_or_added_to() {
+        let parse = |args: &[&str]| {
+            let args = ["soulbox", "net", "set", "sb-1"].iter().chain(args);
+            match Args::try_parse_from(args).unwrap().command {
+                Command::Net {
+                    command: NetCommand::Set(args),
+                } => args,
+                other => panic!("{other:?}"),
+            }
+        };
+        assert_eq!(parse(&["off"]).policy, Some(Base::Off));
+        assert_eq!(parse(&["./off"]).policy, Some(Base::File("./off".into())));
+        let added = parse(&["--allow-domain", "example.com"]);
+        assert!(added.policy.is_none() && !added.additions.is_empty());
     }
 
     #[test]

@@ -2,31 +2,38 @@
 
 use soulbox_proto::host::v1::{
     DeleteSandboxRequest, GetNodeRequest, GetSandboxRequest, ListSandboxesRequest,
-    ListTemplatesRequest, Sandbox, WatchSandboxesRequest,
+    ListTemplatesRequest, Sandbox, StageTime, WatchSandboxesRequest,
 };
 
 use super::args::{CreateArgs, Output, RmArgs};
 use super::connect::Host;
+use super::deletions::Deletions;
 use super::error::CliError;
 use super::{output, run};
 
 type Labels = Vec<(String, String)>;
 
 pub(super) async fn create(host: &Host, format: Output, args: CreateArgs) -> Result<u8, CliError> {
-    let request = run::create_request(args.sandbox, args.request_id);
-    let created = host
-        .sandboxes()
-        .await?
-        .create_sandbox(request)
-        .await?
-        .into_inner();
-    let sandbox = created.sandbox.unwrap_or_default();
+    let request = run::create_request(args.sandbox, args.request_id)?;
+    let created = host.sandboxes().await?.create_sandbox(request).await?;
+    let created = created.into_inner();
+    tell(format, created.sandbox, args.timings, &created.stages)
+}
+
+/// A sandbox after an operation: its id, or all of it.
+pub(super) fn tell(
+    format: Output,
+    sandbox: Option<Sandbox>,
+    timings: bool,
+    stages: &[StageTime],
+) -> Result<u8, CliError> {
+    let sandbox = sandbox.unwrap_or_default();
     match format {
         Output::Table => output::line(&sandbox.id)?,
         Output::Json => output::json(&output::sandbox(&sandbox))?,
     }
-    if args.timings {
-        output::stages(format, &created.stages);
+    if timings {
+        output::stages(format, stages);
     }
     Ok(0)
 }
@@ -95,27 +102,11 @@ pub(super) async fn rm(host: &Host, args: RmArgs) -> Result<u8, CliError> {
             (id, client.delete_sandbox(request).await)
         });
     }
-    let (mut asked, mut failed) = (0, 0);
+    let mut deletions = Deletions::of("sandboxes");
     for (id, deleted) in deletes.join_all().await {
-        asked += 1;
-        match deleted {
-            Ok(_) => output::line(&id)?,
-            Err(status) => {
-                failed += 1;
-                CliError::from(status).print();
-            }
-        }
+        deletions.tell(&id, deleted)?;
     }
-    if failed == 0 {
-        Ok(0)
-    } else {
-        let what = "sandboxes";
-        Err(CliError::NotDeleted {
-            failed,
-            asked,
-            what,
-        })
-    }
+    deletions.end()
 }
 
 pub(super) async fn watch(host: &Host, format: Output, labels: Labels) -> Result<u8, CliError> {

@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use hyper_util::rt::TokioIo;
+use soulbox_proto::host::v1::network_service_client::NetworkServiceClient;
 use soulbox_proto::host::v1::node_service_client::NodeServiceClient;
 use soulbox_proto::host::v1::sandbox_service_client::SandboxServiceClient;
 use tokio::net::UnixStream;
@@ -50,6 +51,10 @@ impl Host {
 
     pub(super) async fn node(&self) -> Result<NodeServiceClient<Channel>, CliError> {
         Ok(NodeServiceClient::new(self.channel().await?))
+    }
+
+    pub(super) async fn network(&self) -> Result<NetworkServiceClient<Channel>, CliError> {
+        Ok(NetworkServiceClient::new(self.channel().await?))
     }
 
     async fn channel(&self) -> Result<Channel, CliError> {

@@ -1,6 +1,7 @@
 //! What the command line says when something fails, and how it ends then.
 
 use std::io;
+use std::path::PathBuf;
 
 use tonic::Status;
 use tonic_types::StatusExt as _;
@@ -27,6 +28,22 @@ pub(super) enum CliError {
     NoExit,
     #[error("{variable:?} is no variable; give NAME=VALUE to --env")]
     Env { variable: String },
+    #[error("{path} cannot be read ({source}); give off, internet, or a file with a policy")]
+    PolicyUnreadable { path: PathBuf, source: io::Error },
+    #[error("{path} has no valid policy; mend this and try again:\n{message}")]
+    PolicyInvalid { path: PathBuf, message: String },
+    #[error("there is no policy to add to; give --net off, --net internet or --net FILE too")]
+    NothingToAddTo,
+    #[error("there is nothing to set; give off, internet, a file, or a flag such as --allow")]
+    NothingToSet,
+    #[error("sandbox {id} has no network; it can only be given one when it is made")]
+    NoNetwork { id: String },
+    #[error(
+        "the policy of sandbox {id} has {field}, which this soulbox does not know; give a whole policy, or use the soulbox of its soulboxd"
+    )]
+    PolicyUnknown { id: String, field: String },
+    #[error("the connection was cut off before the sandbox had said all")]
+    NoEnd,
     #[error("the output cannot be written ({0})")]
     Output(#[source] io::Error),
     #[error("the runtime cannot be started ({source}); see the limits on threads and open files")]

@@ -87,7 +87,7 @@ pub(super) async fn attach(
         }
     };
     if interactive {
-        stdio::forward_stdin(requests.clone());
+        stdio::forward_stdin(requests.clone(), stdio::exec_input);
     }
     let exited = {
         // One future for all of it: a signal must not cut a write in two.

@@ -3,19 +3,24 @@
 mod args;
 mod commands;
 mod connect;
+mod deletions;
 mod error;
 mod exec;
+mod network;
 mod output;
+mod policy;
+mod ports;
 mod run;
 mod signals;
 mod snapshots;
 mod stdio;
+mod tunnel;
 
 use std::process::ExitCode;
 
 use clap::{CommandFactory as _, Parser as _};
 
-use self::args::{Args, Command, SnapshotCommand, TemplateCommand};
+use self::args::{Args, Command, NetCommand, SnapshotCommand, TemplateCommand};
 use self::error::CliError;
 
 /// What `run` and `exec` end with when the fault is SoulBox's and not the
@@ -90,6 +95,12 @@ async fn dispatch(args: Args) -> Result<u8, CliError> {
             timings,
         } => snapshots::roll_back(&host, output, id, snapshot, timings).await,
         Command::Fork(fork) => snapshots::fork(&host, output, fork).await,
+        Command::Net { command } => match command {
+            NetCommand::Show { id } => network::show(&host, output, id).await,
+            NetCommand::Set(args) => network::set(&host, output, args).await,
+        },
+        Command::Port(args) => ports::port(&host, output, args).await,
+        Command::Connect { id, port } => tunnel::connect(&host, id, port).await,
         Command::Watch { labels } => commands::watch(&host, output, labels).await,
         Command::Node => commands::node(&host, output).await,
         Command::Template {

@@ -20,7 +20,7 @@ const CLEAN_UP: Duration = Duration::from_secs(10);
 
 pub(super) async fn run(host: &Host, format: Output, args: RunArgs) -> Result<u8, CliError> {
     let process = exec::process(args.process, args.argv)?;
-    let request = create_request(args.sandbox, String::new());
+    let request = create_request(args.sandbox, String::new())?;
     let mut signals = Signals::install()?;
     let mut client = host.sandboxes().await?;
     let created = tokio::select! {
@@ -55,8 +55,11 @@ pub(super) async fn run(host: &Host, format: Output, args: RunArgs) -> Result<u8
     outcome
 }
 
-pub(super) fn create_request(args: SandboxArgs, request_id: String) -> CreateSandboxRequest {
-    CreateSandboxRequest {
+pub(super) fn create_request(
+    args: SandboxArgs,
+    request_id: String,
+) -> Result<CreateSandboxRequest, CliError> {
+    Ok(CreateSandboxRequest {
         request_id,
         template: args.template,
         resources: Some(Resources {
@@ -66,8 +69,8 @@ pub(super) fn create_request(args: SandboxArgs, request_id: String) -> CreateSan
         }),
         ttl: args.ttl.and_then(|ttl| ttl.try_into().ok()),
         labels: args.labels.into_iter().collect(),
-        network: None,
-    }
+        network: args.net.request()?,
+    })
 }
 
 /// The daemon deletes it too when it sees the call's end; this waits for that.

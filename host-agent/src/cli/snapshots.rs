@@ -3,11 +3,13 @@
 use serde_json::json;
 use soulbox_proto::host::v1::{
     DeleteSnapshotRequest, ForkSandboxRequest, ListSnapshotsRequest, PauseSandboxRequest,
-    ResumeSandboxRequest, RollbackSandboxRequest, Sandbox, SnapshotSandboxRequest, StageTime,
+    ResumeSandboxRequest, RollbackSandboxRequest, SnapshotSandboxRequest,
 };
 
 use super::args::{ForkArgs, Output, SnapshotArgs};
+use super::commands::tell;
 use super::connect::Host;
+use super::deletions::Deletions;
 use super::error::CliError;
 use super::output;
 
@@ -21,12 +23,7 @@ pub(super) async fn pause(
     let request = PauseSandboxRequest { id, cold };
     let reply = host.sandboxes().await?.pause_sandbox(request).await?;
     let reply = reply.into_inner();
-    tell(
-        format,
-        &reply.sandbox.unwrap_or_default(),
-        timings,
-        &reply.stages,
-    )
+    tell(format, reply.sandbox, timings, &reply.stages)
 }
 
 pub(super) async fn resume(
@@ -38,12 +35,7 @@ pub(super) async fn resume(
     let request = ResumeSandboxRequest { id };
     let reply = host.sandboxes().await?.resume_sandbox(request).await?;
     let reply = reply.into_inner();
-    tell(
-        format,
-        &reply.sandbox.unwrap_or_default(),
-        timings,
-        &reply.stages,
-    )
+    tell(format, reply.sandbox, timings, &reply.stages)
 }
 
 pub(super) async fn roll_back(
@@ -56,29 +48,7 @@ pub(super) async fn roll_back(
     let request = RollbackSandboxRequest { id, snapshot_id };
     let reply = host.sandboxes().await?.rollback_sandbox(request).await?;
     let reply = reply.into_inner();
-    tell(
-        format,
-        &reply.sandbox.unwrap_or_default(),
-        timings,
-        &reply.stages,
-    )
-}
-
-/// A sandbox after an operation: its id, or all of it.
-fn tell(
-    format: Output,
-    sandbox: &Sandbox,
-    timings: bool,
-    stages: &[StageTime],
-) -> Result<u8, CliError> {
-    match format {
-        Output::Table => output::line(&sandbox.id)?,
-        Output::Json => output::json(&output::sandbox(sandbox))?,
-    }
-    if timings {
-        output::stages(format, stages);
-    }
-    Ok(0)
+    tell(format, reply.sandbox, timings, &reply.stages)
 }
 
 pub(super) async fn make(host: &Host, format: Output, args: SnapshotArgs) -> Result<u8, CliError> {
@@ -176,25 +146,10 @@ pub(super) async fn ls(
 /// One after the other, for later ones may build on earlier ones.
 pub(super) async fn rm(host: &Host, ids: Vec<String>) -> Result<u8, CliError> {
     let mut client = host.sandboxes().await?;
-    let (asked, mut failed) = (ids.len(), 0);
+    let mut deletions = Deletions::of("snapshots");
     for id in ids {
         let request = DeleteSnapshotRequest { id: id.clone() };
-        match client.delete_snapshot(request).await {
-            Ok(_) => output::line(&id)?,
-            Err(status) => {
-                failed += 1;
-                CliError::from(status).print();
-            }
-        }
+        deletions.tell(&id, client.delete_snapshot(request).await)?;
     }
-    if failed == 0 {
-        Ok(0)
-    } else {
-        let what = "snapshots";
-        Err(CliError::NotDeleted {
-            failed,
-            asked,
-            what,
-        })
-    }
+    deletions.end()
 }

@@ -43,12 +43,6 @@ pub struct RestoreDisk {
     pub rate_limit: RateLimit,
 }
 
-/// A snapshot to be made.
-#[derive(Debug)]
-pub struct SnapshotRequest {
-    pub files: SnapshotFiles,
-}
-
 // === impl PrepareRequest ===
 
 impl PrepareRequest {
@@ -113,25 +107,25 @@ impl RestoreDisk {
     }
 }
 
-// === impl SnapshotRequest ===
-
-impl SnapshotRequest {
-    pub fn from_message(snapshot: v1::Snapshot, fds: Vec<OwnedFd>) -> Result<Self, ConfigError> {
-        let mut fds = Fds::new(fds);
-        let files = SnapshotFiles {
-            state: fds.take("state_fd", snapshot.state_fd)?.into(),
-            memory: fds.take("memory_fd", snapshot.memory_fd)?.into(),
-            keep_memory_layers: snapshot.keep_memory_layers,
-            disks: snapshot
-                .disks
-                .iter()
-                .map(|disk| freeze(disk, &mut fds))
-                .collect::<Result<_, _>>()?,
-            leave_paused: snapshot.leave_paused,
-        };
-        fds.finish()?;
-        Ok(Self { files })
-    }
+/// The files of a Snapshot, and what is to become of the machine.
+pub fn snapshot_files(
+    snapshot: &v1::Snapshot,
+    fds: Vec<OwnedFd>,
+) -> Result<SnapshotFiles, ConfigError> {
+    let mut fds = Fds::new(fds);
+    let files = SnapshotFiles {
+        state: fds.take("state_fd", snapshot.state_fd)?.into(),
+        memory: fds.take("memory_fd", snapshot.memory_fd)?.into(),
+        keep_memory_layers: snapshot.keep_memory_layers,
+        disks: snapshot
+            .disks
+            .iter()
+            .map(|disk| freeze(disk, &mut fds))
+            .collect::<Result<_, _>>()?,
+        leave_paused: snapshot.leave_paused,
+    };
+    fds.finish()?;
+    Ok(files)
 }
 
 /// The file of a RecordWorkingSet.

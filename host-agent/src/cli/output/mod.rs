@@ -1,5 +1,7 @@
 //! Replies as tables for people and as JSON for programs.
 
+mod network;
+
 use std::io::Write as _;
 use std::time::{Duration, SystemTime};
 
@@ -13,6 +15,10 @@ use soulbox_proto::host::v1::{
 
 use super::args::Output;
 use super::error::CliError;
+
+pub(super) use self::network::{
+    forward, forward_table, network, network_details, policy, policy_details,
+};
 
 const MIB: u64 = 1 << 20;
 
@@ -35,6 +41,8 @@ pub(super) fn sandbox(sandbox: &Sandbox) -> Value {
         "memory_mib": resources.memory_mib,
         "disk_mib": resources.disk_mib,
         "labels": sandbox.labels,
+        "network": sandbox.network.as_ref().map(policy),
+        "addresses": sandbox.addresses,
         "snapshot_id": sandbox.snapshot_id,
         "parent_id": sandbox.parent_id,
         "create_time": sandbox.create_time.map(rfc3339),
@@ -153,6 +161,9 @@ pub(super) fn sandbox_details(sandbox: &Sandbox, usage: Option<&Usage>) -> Resul
     for (key, value) in &sandbox.labels {
         line(&format!("label {key}={value}"))?;
     }
+    for address in &sandbox.addresses {
+        line(&format!("reached at {address}"))?;
+    }
     if let Some(usage) = usage {
         line(&format!(
             "uses {} MiB of guest memory, {} KiB in its monitor, {} MiB of disk",
@@ -263,10 +274,16 @@ pub(super) fn change(format: Output, change: &WatchSandboxesResponse) -> Result<
         Kind::Unspecified => "unknown",
     };
     let shown = change.sandbox.clone().unwrap_or_default();
-    match format {
-        Output::Table => line(&format!("{kind:8} {} {}", shown.id, state(&shown))),
-        Output::Json => line(&json!({"kind": kind, "sandbox": sandbox(&shown)}).to_string()),
-    }
+    line(&match (format, &change.denied) {
+        (Output::Table, None) => format!("{kind:8} {} {}", shown.id, state(&shown)),
+        (Output::Table, Some(denied)) => {
+            format!("{kind:8} {} {}", shown.id, network::denied_words(denied))
+        }
+        (Output::Json, denied) => {
+            let denied = denied.as_ref().map(network::denied);
+            json!({"kind": kind, "sandbox": sandbox(&shown), "denied": denied}).to_string()
+        }
+    })
 }
 
 /// Where the time went, to standard error: standard output is the program's.

@@ -73,6 +73,8 @@ pub(super) async fn a_template_is_warm_before_its_sandboxes_are_made() {
     assert!(host.shells().is_empty());
     let mut next = host.start();
     shells_are(&host, 2).await;
+    // First it compares monitors, which takes a while without optimisation.
+    next.wait_for_log(MADE);
     let mut client = next.sandboxes().await;
     assert!(create(&mut client, "base").await.unwrap().restored);
     assert!(!next.log().iter().any(|line| line.contains("making its")));
