@@ -10,7 +10,7 @@ use super::error::{CreateError, StartError};
 use super::pool::Pool;
 use super::requests::{Claim, Claimed};
 use super::restore::Plan;
-use super::spec::CreateSpec;
+use super::spec::{CreateSpec, NetworkSpec};
 use crate::admission::Reservation;
 use crate::id::{SandboxId, SnapshotId};
 use crate::record::{Base, Reply, Resources, SandboxRecord, State};
@@ -105,6 +105,11 @@ impl Pool {
         claimed: Option<Claimed>,
     ) -> Result<Created, Refusal> {
         let watch = Stopwatch::start();
+        if let NetworkSpec::Policy(policy) = &spec.network
+            && let Err(found) = self.check_policy(policy, "network_policy").await
+        {
+            return Err(Refusal::from(&CreateError::Invalid(found)));
+        }
         let admitted = self.admit(spec).map_err(|error| Refusal::from(&error))?;
         let (done, outcome) = oneshot::channel();
         let caller = Caller {

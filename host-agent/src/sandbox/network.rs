@@ -27,6 +27,7 @@ use crate::net::{
     Mac, Network, Policy, SlotCounters, dns,
 };
 use crate::record::{Lease, SandboxRecord, State};
+use crate::status::FieldViolation;
 use crate::store::Change;
 use crate::sync::lock;
 
@@ -207,6 +208,33 @@ impl Pool {
             (NetworkSpec::Default, Some(_)) => Ok(Some(Box::default())),
             (NetworkSpec::Policy(policy), Some(_)) => Ok(Some(policy)),
             (NetworkSpec::Policy(_), None) => Err(CreateError::Network(NetworkError::Off)),
+        }
+    }
+
+    /// What of a policy this host cannot let a sandbox have.
+    pub(super) async fn check_policy(
+        &self,
+        policy: &Policy,
+        prefix: &str,
+    ) -> Result<(), Vec<FieldViolation>> {
+        let Some(networks) = &self.networks else {
+            return Ok(());
+        };
+        let found = match networks.slots.violations(policy).await {
+            Ok(found) => found,
+            Err(error) => {
+                // Asking its own resolver again does a host no harm.
+                tracing::warn!(%error, "whether a policy's resolvers are this host's is not known");
+                return Ok(());
+            }
+        };
+        let named = found.into_iter().map(|violation| FieldViolation {
+            field: format!("{prefix}.{}", violation.field),
+            description: violation.error.to_string(),
+        });
+        match named.collect::<Vec<_>>() {
+            none if none.is_empty() => Ok(()),
+            found => Err(found),
         }
     }
 

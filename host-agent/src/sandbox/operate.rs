@@ -118,6 +118,8 @@ impl Pool {
         id: &SandboxId,
         policy: Policy,
     ) -> Result<Policy, OperateError> {
+        let checked = self.check_policy(&policy, "policy").await;
+        checked.map_err(OperateError::Invalid)?;
         let policy = Box::new(policy);
         self.operate(id, |done| Operation::SetNetwork { policy, done })
             .await
