@@ -223,9 +223,10 @@ impl Pool {
         let found = match networks.slots.violations(policy).await {
             Ok(found) => found,
             Err(error) => {
-                // Asking its own resolver again does a host no harm.
-                tracing::warn!(%error, "whether a policy's resolvers are this host's is not known");
-                return Ok(());
+                return Err(vec![FieldViolation {
+                    field: format!("{prefix}.dns_servers"),
+                    description: format!("could not be checked ({error}); try again"),
+                }]);
             }
         };
         let named = found.into_iter().map(|violation| FieldViolation {
