@@ -135,7 +135,12 @@ async fn every_identity_is_new_and_leaves_nothing_behind() {
     assert!(boot_ids.insert(text(&guest, BOOT_ID).await));
 
     let left = "wc -l </proc/self/mountinfo; ls /proc/1/fd /run/soulbox | wc -l";
-    let before = text(&guest, left).await;
+    let count = async || {
+        let said = text(&guest, left).await;
+        let numbers = said.split_whitespace().map(str::parse);
+        numbers.collect::<Result<Vec<u32>, _>>().unwrap()
+    };
+    let before = count().await;
     for round in 0..300 {
         let request = ConfigureRequest {
             hostname: format!("sb-{round}"),
@@ -147,7 +152,13 @@ async fn every_identity_is_new_and_leaves_nothing_behind() {
             assert!(boot_ids.insert(text(&guest, BOOT_ID).await));
         }
     }
-    assert_eq!(text(&guest, left).await, before);
+    // A connection of the beginning may have been closed since.
+    let after = count().await;
+    let grown = after
+        .iter()
+        .zip(&before)
+        .any(|(after, before)| after > before);
+    assert!(!grown, "{before:?}, then {after:?}");
     for id in &machine_ids {
         let id = id.trim_end();
         assert!(id.len() == 32 && id.bytes().all(|byte| byte.is_ascii_hexdigit()));

@@ -256,12 +256,16 @@ fn a_restored_driver_goes_on_where_it_was() -> Result<()> {
     // What the guest has of it is in the next snapshot.
     let next = tempfile::tempdir()?;
     child.control().snapshot(next.path(), 1)?;
+    let mut state = snapshot::read(&std::fs::File::open(next.path().join("snapshot"))?)?;
     let memory = std::fs::File::open(next.path().join("memory"))?;
     let mut packet = vec![0; HEADER_BYTES + received.len()];
-    memory.read_exact_at(&mut packet, rings.start + RX_BUFFERS as u64)?;
+    let at = rings.start + RX_BUFFERS as u64;
+    let runs = &state.memory.runs;
+    let run = runs.iter().rfind(|run| run.start_bytes() <= at);
+    let run = run.context("there is a run")?;
+    memory.read_exact_at(&mut packet, run.layer_bytes() + (at - run.start_bytes()))?;
     ensure!(packet[HEADER_BYTES..] == received);
     ensure!(packet[10..12] == [2, 0], "two buffers");
-    let mut state = snapshot::read(&std::fs::File::open(next.path().join("snapshot"))?)?;
     let transport = net_of(&mut state.devices).context("there is a net")?;
     let positions = |queue: &soulbox_vmm::devices::virtio::mmio::SavedQueue| {
         (queue.next_avail, queue.next_used)

@@ -207,7 +207,7 @@ fn what_cannot_be_restored_is_refused_in_words() -> Result<()> {
     let memory = file("memory")?;
     memory.set_len(64 << 20)?;
     let said = refusal(&[path], SHAPE)?;
-    assert!(said.contains("67108864 bytes but RAM 134217728"), "{said}");
+    assert!(said.contains("67108864 bytes, not 134217728"), "{said}");
     memory.set_len(128 << 20)?;
 
     let snapshot = file("snapshot")?;

@@ -442,6 +442,10 @@ mod tests {
                 run_dir: folder.path().join("run"),
                 ..Paths::default()
             },
+            network: crate::config::Network {
+                enabled: false,
+                ..Default::default()
+            },
             ..Config::default()
         };
         let opened = Pool::open(

@@ -514,6 +514,10 @@ mod tests {
                 run_dir: folder.path().join("run"),
                 ..Paths::default()
             },
+            network: crate::config::Network {
+                enabled: false,
+                ..Default::default()
+            },
             ..Config::default()
         };
         let states = [
