@@ -414,10 +414,11 @@ impl FromStr for DomainPattern {
         let error = || PolicyError::Domain(shown(text));
         let name = name.strip_suffix('.').unwrap_or(name);
         let name = match name.is_ascii() {
-            true => name.to_ascii_lowercase(),
+            true => name.to_owned(),
             // What follows tells whether it is a name.
             false => Name::from_utf8(name).map_err(|_| error())?.to_ascii(),
         };
+        let name = name.to_ascii_lowercase();
         let label = |label: &str| {
             let inner = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'_');
             (1..=MAX_LABEL_BYTES).contains(&label.len())
