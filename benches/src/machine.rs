@@ -240,6 +240,14 @@ impl Snapshot {
     }
 }
 
+/// When the guest was left for the first time since its restore, by the monitor's
+/// word.
+pub(crate) fn first_exit_ns(monitor: &mut Monitor) -> Result<u64> {
+    let metrics = monitor.control().metrics()?;
+    ensure!(metrics.first_exit_ns > 0, "the guest has not run");
+    Ok(metrics.first_exit_ns)
+}
+
 /// A console that many machines write to.
 pub(crate) struct SharedConsole {
     reader: PipeReader,

@@ -6,6 +6,7 @@
 //! the [`bus`]. [`machine`] builds it all.
 
 pub mod bus;
+mod clock;
 pub mod config;
 pub mod console;
 pub mod control;

@@ -194,9 +194,18 @@ impl Control {
     pub fn prepare(&mut self, shape: v1::MachineShape) -> io::Result<v1::Prepared> {
         let prepare = v1::Prepare {
             shape: Some(shape),
-            kvm_fd: 0,
+            ..v1::Prepare::default()
         };
-        match self.request(Op::Prepare(prepare), &[kvm()?])? {
+        self.prepare_with(prepare, vec![kvm()?])
+    }
+
+    /// As [`Self::prepare`], with more descriptors than that of KVM.
+    pub fn prepare_with(
+        &mut self,
+        prepare: v1::Prepare,
+        fds: Vec<OwnedFd>,
+    ) -> io::Result<v1::Prepared> {
+        match self.request(Op::Prepare(prepare), &fds)? {
             Reply::Prepared(prepared) => Ok(prepared),
             other => Err(refused(other)),
         }
@@ -363,17 +372,29 @@ impl RestoreSpec {
     /// The snapshot of a machine without disks or vsock, in the last of the
     /// folders that it builds on. Without `kvm` there must be a shell.
     pub fn new(folders: &[&Path], kvm: Option<OwnedFd>) -> io::Result<Self> {
+        let mut spec = Self::with_layers(folders, 0)?;
+        spec.restore.kvm_fd = kvm.map(|kvm| spec.add_fd(kvm));
+        Ok(spec)
+    }
+
+    /// The same, in a shell that has the memory of the first folder.
+    pub fn on_first_layer(folders: &[&Path]) -> io::Result<Self> {
+        let mut spec = Self::with_layers(folders, 1)?;
+        spec.restore.first_layer_prepared = true;
+        Ok(spec)
+    }
+
+    fn with_layers(folders: &[&Path], prepared: usize) -> io::Result<Self> {
         let own = folders.last().ok_or(io::ErrorKind::InvalidInput)?;
         let mut spec = Self {
             restore: v1::Restore::default(),
             fds: Vec::new(),
         };
         spec.restore.state_fd = spec.add_fd(File::open(own.join("snapshot"))?);
-        for folder in folders {
+        for folder in folders.iter().skip(prepared) {
             let memory = spec.add_fd(File::open(folder.join("memory"))?);
             spec.restore.memory_fds.push(memory);
         }
-        spec.restore.kvm_fd = kvm.map(|kvm| spec.add_fd(kvm));
         Ok(spec)
     }
 

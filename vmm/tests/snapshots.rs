@@ -289,6 +289,80 @@ fn a_full_disk_leaves_the_machine_running() -> Result<()> {
     Ok(())
 }
 
+/// A shell that has a first layer is for what builds on it, and for anything else.
+#[test]
+fn memory_is_prepared_ahead() -> Result<()> {
+    let folders = [tempfile::tempdir()?, tempfile::tempdir()?];
+    let [root, diff] = folders.each_ref().map(tempfile::TempDir::path);
+    let (mut parent, mut console) = boot_counter()?;
+    parent.control().snapshot(root, 0)?;
+    let other = tempfile::tempdir()?;
+    let least_of_other = goes_on(&mut console, 4)?;
+    parent.control().snapshot(other.path(), 0)?;
+    let (mut child, mut console) = restore(&[root])?;
+    let least_of_diff = goes_on(&mut console, 4)?;
+    child.control().snapshot(diff, 1)?;
+
+    let prepared = |memory: &Path, working_set: &Path| -> Result<Monitor> {
+        let mut monitor = monitor()?;
+        let prepare = v1::Prepare {
+            shape: Some(SHAPE),
+            kvm_fd: 0,
+            memory_fd: Some(1),
+            working_set_fd: Some(2),
+        };
+        let files = [memory, working_set].map(std::fs::File::open);
+        let mut fds = vec![kvm()?];
+        for file in files {
+            fds.push(file?.into());
+        }
+        monitor.control().prepare_with(prepare, fds)?;
+        Ok(monitor)
+    };
+    let memory = root.join("memory");
+    let working_set = root.join("working_set");
+    let file = std::fs::File::create_new(&working_set)?;
+    let record = Op::RecordWorkingSet(v1::RecordWorkingSet { file_fd: 0 });
+    child.control().request(record, &[file.into()])?;
+    for (spec, least) in [
+        (RestoreSpec::on_first_layer(&[root])?, 4),
+        (RestoreSpec::on_first_layer(&[root, diff])?, least_of_diff),
+        (RestoreSpec::new(&[root, diff], None)?, least_of_diff),
+        (RestoreSpec::new(&[other.path()], None)?, least_of_other),
+    ] {
+        let mut child = prepared(&memory, &working_set)?;
+        let (spec, mut console) = spec.with_pagemap(&child)?.with_console()?;
+        child.control().restore(spec)?;
+        goes_on(&mut console, least)?;
+        // What was filled in is its own.
+        let memory = child.control().metrics()?.memory.unwrap_or_default();
+        ensure!(memory.guest_private_bytes < 64 << 10, "{memory:?}");
+    }
+    // Or is booted.
+    let mut booted = prepared(&memory, &working_set)?;
+    let (spec, mut console) = BootSpec::new(1, 128, &counter())?.with_console()?;
+    booted.control().boot(spec)?;
+    assert_eq!(counts::<3>(&mut console)?, [1, 2, 3]);
+
+    // A working set that is none costs nothing; a layer of another size, the shell.
+    let mut child = prepared(&memory, &memory)?;
+    let (spec, mut console) = RestoreSpec::on_first_layer(&[root])?.with_console()?;
+    child.control().restore(spec)?;
+    goes_on(&mut console, 4)?;
+    let Err(refused) = prepared(&working_set, &working_set) else {
+        anyhow::bail!("a layer of another size was taken");
+    };
+    ensure!(refused.to_string().contains("memory layer 0"), "{refused}");
+    let mut plain = monitor()?;
+    plain.control().prepare(SHAPE)?;
+    let spec = RestoreSpec::on_first_layer(&[root])?;
+    let refused = plain.control().restore(spec).unwrap_err().to_string();
+    ensure!(refused.contains("no memory layer is prepared"), "{refused}");
+    // It waits for a better one.
+    plain.control().restore(RestoreSpec::new(&[root], None)?)?;
+    Ok(())
+}
+
 #[test]
 fn requests_that_do_not_fit_change_nothing() -> Result<()> {
     let folder = tempfile::tempdir()?;

@@ -121,10 +121,12 @@ fn metrics_count_what_the_guest_did() -> Result<()> {
         BootSpec::new(1, 128, &guest(&[&code::out(COM1_PORT, b'.'), &code::HALT]))?
             .with_pagemap(&monitor)?
             .with_console()?;
-    monitor.control().boot(spec)?;
+    let started_at_ns = monitor.control().boot(spec)?.started_at_ns;
     console.read_exact(&mut [0])?;
     let metrics = monitor.control().metrics()?;
     assert_eq!(metrics.devices["serial"].values["written_bytes"], 1);
+    // The write is the first time that the guest is left, and after the start.
+    assert!(metrics.first_exit_ns >= started_at_ns, "{metrics:?}");
     assert_eq!(metrics.console_tail, b".");
     let memory = metrics.memory.context("memory is told")?;
     assert_eq!(memory.guest_bytes, 128 << 20);

@@ -29,7 +29,9 @@ pub(super) fn run(
     runs: u32,
     report: &mut Report,
 ) -> Result<()> {
-    let runtime = tokio::runtime::Builder::new_current_thread()
+    // One thread keeps the connection to soulboxd alive while iperf3 has the other.
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(1)
         .enable_all()
         .build()?;
     runtime.block_on(async {

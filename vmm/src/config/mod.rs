@@ -13,7 +13,9 @@ use crate::machine::{Shape, layout};
 mod net;
 mod restore;
 
-pub use restore::{PrepareRequest, RestoreDisk, RestoreRequest, snapshot_files, working_set_file};
+pub use restore::{
+    PrepareRequest, PreparedMemory, RestoreDisk, RestoreRequest, snapshot_files, working_set_file,
+};
 
 /// The fewest and the most vCPUs of a machine.
 pub const VCPU_COUNT: std::ops::RangeInclusive<u32> = 1..=32;

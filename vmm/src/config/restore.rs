@@ -17,6 +17,14 @@ use crate::memory::working_set::Ahead;
 pub struct PrepareRequest {
     pub shape: Shape,
     pub kvm: OwnedFd,
+    pub memory: Option<PreparedMemory>,
+}
+
+/// The first memory layer of what the shell is for.
+#[derive(Debug)]
+pub struct PreparedMemory {
+    pub layer: File,
+    pub working_set: Option<File>,
 }
 
 /// A snapshot and everything its machine may touch.
@@ -25,8 +33,9 @@ pub struct RestoreRequest {
     /// None when there is to be a shell.
     pub kvm: Option<OwnedFd>,
     pub state: File,
-    /// Memory layers, root first.
+    /// Memory layers, root first; without the root where that is prepared.
     pub memory: Vec<File>,
+    pub first_layer_prepared: bool,
     pub attached: Attached,
     pub ahead: Ahead,
     pub disks: Vec<RestoreDisk>,
@@ -53,8 +62,18 @@ impl PrepareRequest {
         let shape = checked_shape(&shape)?;
         let mut fds = Fds::new(fds);
         let kvm = fds.take("kvm_fd", prepare.kvm_fd)?;
+        let layer = fds.take_optional("memory_fd", prepare.memory_fd)?;
+        let working_set = fds.take_optional("working_set_fd", prepare.working_set_fd)?;
+        if layer.is_none() && working_set.is_some() {
+            let why = "is of no use without memory_fd; send both";
+            return Err(invalid("working_set_fd", why));
+        }
+        let memory = layer.map(|layer| PreparedMemory {
+            layer: layer.into(),
+            working_set: working_set.map(File::from),
+        });
         fds.finish()?;
-        Ok(Self { shape, kvm })
+        Ok(Self { shape, kvm, memory })
     }
 }
 
@@ -67,6 +86,7 @@ impl RestoreRequest {
             kvm: fds.take_optional("kvm_fd", restore.kvm_fd)?,
             state: fds.take("state_fd", restore.state_fd)?.into(),
             memory: files(&mut fds, "memory_fds", &restore.memory_fds)?,
+            first_layer_prepared: restore.first_layer_prepared,
             attached: Attached::take(
                 &mut fds,
                 restore.console_fd,

@@ -10,14 +10,17 @@ use virtio_bindings::virtio_mmio::VIRTIO_MMIO_QUEUE_NOTIFY;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::kvm::{self, KvmError, refused};
+use super::restore::fill_in;
 use super::shape::{Shape, Slot};
 use super::{BuildError, Stopwatch};
+use crate::config::PreparedMemory;
 use crate::devices::virtio::block::Ring;
 use crate::memory::{self, GuestMemory};
 use crate::vcpu::{self, VcpuThread, cpuid, state};
 
 /// A VM with its vCPUs, interrupt controllers, addresses of RAM, and the wires
-/// of its devices; without memory, devices and state.
+/// of its devices; without devices and state, and without memory but perhaps a
+/// first layer.
 pub struct Frame {
     pub(super) shape: Shape,
     pub(super) slots: Vec<Slot>,
@@ -31,6 +34,7 @@ pub struct Frame {
     pub(super) xsave_words: usize,
     pub(super) vm: VmFd,
     pub(super) memory: GuestMemory,
+    has_first_layer: bool,
 }
 
 /// A vCPU as KVM makes it, with CPUID and the MSRs that firmware would set. Its
@@ -130,7 +134,25 @@ impl Frame {
             xsave_words: state::xsave_words(&vm),
             vm,
             memory,
+            has_first_layer: false,
         })
+    }
+
+    /// Maps the first memory layer of what the machine will probably be, and fills in
+    /// its working set: off the path of a restore, in which that is most of the work.
+    pub fn prepare_memory(&mut self, prepared: PreparedMemory) -> Result<(), BuildError> {
+        memory::map_first_layer(&self.memory, &prepared.layer)?;
+        self.has_first_layer = true;
+        if let (Some(file), Some(vcpu)) = (prepared.working_set, self.vcpus.first()) {
+            let memory = self.memory.clone();
+            let filled = vcpu.thread.call(move |fd| fill_in(fd, &memory, &file))?;
+            filled.wait()?;
+        }
+        Ok(())
+    }
+
+    pub fn has_first_layer(&self) -> bool {
+        self.has_first_layer
     }
 
     /// Wakes the boot vCPU's thread, which has something to do soon.

@@ -12,6 +12,7 @@ use kvm_ioctls::VmFd;
 use soulbox_proto::vmm::v1;
 
 use crate::bus::{Bus, Overlap, SharedDevice, lock};
+use crate::clock::monotonic_ns;
 use crate::config::{Disk, Vsock};
 use crate::console::Console;
 use crate::devices::generation::GenerationError;
@@ -67,7 +68,9 @@ pub enum Origin<'a> {
     /// From a snapshot and the memory layers it is mapped from.
     Restore {
         state: Box<MachineState>,
+        /// Without the first where the frame has it.
         layers: Vec<File>,
+        first_layer_prepared: bool,
         ahead: Ahead,
     },
 }
@@ -180,6 +183,7 @@ impl Machine {
             xsave_words,
             vm,
             memory,
+            ..
         } = frame;
 
         let (vcpus, initial_msrs): (Vec<_>, Vec<_>) = vcpus
@@ -201,9 +205,11 @@ impl Machine {
             Origin::Restore {
                 state,
                 layers,
+                first_layer_prepared,
                 ahead,
             } => {
-                check_fit(&state, shape, &parts, layers.len())?;
+                let count = layers.len() + usize::from(first_layer_prepared);
+                check_fit(&state, shape, &parts, count)?;
                 let missing = features::missing(&state.cpu.cpuid, cpuid.as_slice());
                 if !missing.is_empty() {
                     return Err(RestoreError::Cpu(missing).into());
@@ -213,7 +219,13 @@ impl Machine {
                     cpuid = CpuId::from_entries(&state.cpu.cpuid)
                         .map_err(|_| RestoreError::Cpu(vec!["a CPUID that KVM can take".into()]))?;
                 }
-                memory::map_layers(&memory, &layers, &state.memory.runs)?;
+                let mut layers = layers.as_slice();
+                if let Some((first, upper)) = layers.split_first().filter(|_| !first_layer_prepared)
+                {
+                    memory::map_first_layer(&memory, first)?;
+                    layers = upper;
+                }
+                memory::map_upper_layers(&memory, layers, &state.memory.runs)?;
                 stages.mark("memory");
                 let mut working_set = match ahead {
                     Ahead::Nothing => None,
@@ -386,6 +398,7 @@ impl Machine {
             exits,
             devices: devices.collect(),
             console_tail: console.tail(),
+            first_exit_ns: self.vcpus.first().map_or(0, VcpuThread::first_exit_ns),
         }
     }
 
@@ -493,9 +506,4 @@ impl BuildError {
             | Self::Thread(_) => Code::Host,
         }
     }
-}
-
-fn monotonic_ns() -> u64 {
-    let now = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
-    now.tv_sec as u64 * 1_000_000_000 + now.tv_nsec as u64
 }

@@ -8,8 +8,9 @@ use std::time::Instant;
 use soulbox_proto::vmm::v1;
 
 use super::state::{MachineState, MemoryState, NamedDevice, VmState};
-use super::{Machine, Stopwatch, cpu_profile, kvm, monotonic_ns};
+use super::{Machine, Stopwatch, cpu_profile, kvm};
 use crate::bus::lock;
+use crate::clock::monotonic_ns;
 use crate::devices::Chip;
 use crate::devices::virtio::block::{Block, Freeze, FreezeError};
 use crate::memory::pagemap::PagemapError;

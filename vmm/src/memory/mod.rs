@@ -63,7 +63,7 @@ pub(crate) struct Stretch {
 }
 
 /// Reserves the addresses of RAM. They are in no file and may not be touched
-/// until [`map_anonymous`] or [`map_layers`].
+/// until [`map_anonymous`] or [`map_first_layer`].
 pub fn reserve(memory_bytes: u64) -> Result<GuestMemory, MapError> {
     let mut regions = Vec::new();
     for (start, bytes) in layout::ram_ranges(memory_bytes) {
@@ -90,23 +90,37 @@ pub fn map_anonymous(memory: &GuestMemory) -> Result<(), MapError> {
     Ok(())
 }
 
-/// Maps the first layer over all of RAM, and over it the runs of the others.
-/// The runs have been checked to be in RAM and of layers that there are; the
-/// layers are as long as they say, or are refused: a page behind a file's end
-/// would end this process when it is touched.
-pub fn map_layers(memory: &GuestMemory, layers: &[File], runs: &[Run]) -> Result<(), MapError> {
-    let mut needed = vec![0; layers.len()];
-    if let Some(root) = needed.first_mut() {
-        *root = size_bytes(memory);
+/// Maps the first layer over all of RAM, whatever is mapped there. It is as long as
+/// RAM, or refused: a page behind a file's end would end this process when it is
+/// touched.
+pub fn map_first_layer(memory: &GuestMemory, layer: &File) -> Result<(), MapError> {
+    let (actual, expected) = (length(layer)?, size_bytes(memory));
+    if actual != expected {
+        return Err(MapError::Size {
+            layer: 0,
+            actual,
+            expected,
+        });
     }
-    for run in runs {
-        if let Some(needed) = needed.get_mut(run.layer as usize) {
-            *needed = run.layer_end_bytes().max(*needed);
-        }
+    for stretch in stretches(memory) {
+        map::file(&stretch, layer, stretch.offset).map_err(MapError::Map)?;
     }
-    for (layer, (file, expected)) in layers.iter().zip(needed).enumerate() {
-        let actual = rustix::fs::fstat(file).map_err(MapError::Stat)?.st_size as u64;
-        if actual < expected || (layer == 0 && actual > expected) {
+    Ok(())
+}
+
+/// Maps the runs of the layers above the first, which `layers` begins with the
+/// second of. The runs have been checked to be in RAM and of layers that there are;
+/// the layers are at least as long as they say, or refused.
+pub fn map_upper_layers(
+    memory: &GuestMemory,
+    layers: &[File],
+    runs: &[Run],
+) -> Result<(), MapError> {
+    for (layer, file) in (1..).zip(layers) {
+        let of_it = runs.iter().filter(|run| run.layer as usize == layer);
+        let expected = of_it.map(Run::layer_end_bytes).max().unwrap_or(0);
+        let actual = length(file)?;
+        if actual < expected {
             return Err(MapError::Size {
                 layer,
                 actual,
@@ -114,13 +128,8 @@ pub fn map_layers(memory: &GuestMemory, layers: &[File], runs: &[Run]) -> Result
             });
         }
     }
-    if let Some(root) = layers.first() {
-        for stretch in stretches(memory) {
-            map::file(&stretch, root, stretch.offset).map_err(MapError::Map)?;
-        }
-    }
     for run in runs {
-        if let Some(layer) = layers.get(run.layer as usize) {
+        if let Some(layer) = layers.get((run.layer as usize).wrapping_sub(1)) {
             for stretch in part(memory, run.start_bytes(), run.bytes()) {
                 let into = stretch.offset - run.start_bytes();
                 map::file(&stretch, layer, run.layer_bytes() + into).map_err(MapError::Map)?;
@@ -128,6 +137,11 @@ pub fn map_layers(memory: &GuestMemory, layers: &[File], runs: &[Run]) -> Result
         }
     }
     Ok(())
+}
+
+fn length(layer: &File) -> Result<u64, MapError> {
+    let stat = rustix::fs::fstat(layer).map_err(MapError::Stat)?;
+    Ok(stat.st_size as u64)
 }
 
 /// Writes pages to a new root layer, at their offsets in RAM. Returns how many
@@ -306,26 +320,32 @@ mod tests {
         let memory = reserve(1 << 20).unwrap();
         let root = layer(1 << 20, &[(0, 1), (1, 1), (2, 1)]);
         let diff = layer(2 * PAGE_BYTES, &[(0, 2), (1, 3)]);
-        let layers = [root, diff];
-        map_layers(&memory, &layers, &[run(1, 0), run(9, 1)]).unwrap();
+        map_first_layer(&memory, &root).unwrap();
+        map_upper_layers(&memory, &[diff], &[run(1, 0), run(9, 1)]).unwrap();
         assert_eq!(
             [0, 1, 2, 3, 9].map(|page| byte(&memory, page)),
             [1, 2, 1, 0, 3]
         );
         memory.write_obj(7u8, GuestAddress(0)).unwrap();
         let mut first = [0];
-        layers[0].read_exact_at(&mut first, 0).unwrap();
+        root.read_exact_at(&mut first, 0).unwrap();
         assert_eq!(first, [1]);
         discard(&memory, GuestAddress(0), PAGE_BYTES).unwrap();
         assert_eq!(byte(&memory, 0), 1);
+        // Another first layer replaces all, what was written too.
+        memory.write_obj(7u8, GuestAddress(0)).unwrap();
+        map_first_layer(&memory, &layer(1 << 20, &[(2, 8)])).unwrap();
+        assert_eq!([0, 1, 2, 9].map(|page| byte(&memory, page)), [0, 0, 8, 0]);
     }
 
     #[test]
     fn a_layer_of_another_size_is_refused() {
         let memory = reserve(1 << 20).unwrap();
         let refused = |bytes: [u64; 2]| {
-            let layers = bytes.map(|bytes| layer(bytes, &[]));
-            match map_layers(&memory, &layers, &[run(7, 1)]) {
+            let [first, upper] = bytes.map(|bytes| layer(bytes, &[]));
+            let mapped = map_first_layer(&memory, &first)
+                .and_then(|()| map_upper_layers(&memory, &[upper], &[run(7, 1)]));
+            match mapped {
                 Err(MapError::Size { layer, .. }) => Some(layer),
                 other => {
                     other.unwrap();
@@ -371,7 +391,8 @@ mod tests {
 
         let restored = reserve(RAM).unwrap();
         let runs = runs::overlay(&[], &[high], 1);
-        map_layers(&restored, &[root, diff], &runs).unwrap();
+        map_first_layer(&restored, &root).unwrap();
+        map_upper_layers(&restored, &[diff], &runs).unwrap();
         for (pages, expected) in [(low, 1u8), (high, 2)] {
             for stretch in parts(&restored, &[pages]) {
                 let mut bytes = vec![0; stretch.bytes as usize];

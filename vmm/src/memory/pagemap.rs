@@ -81,7 +81,7 @@ impl Pagemap {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::memory::{discard, map_anonymous, map_layers, reserve};
+    use crate::memory::{discard, map_anonymous, map_first_layer, reserve};
     use vm_memory::{Bytes, GuestAddress};
 
     fn pagemap() -> Pagemap {
@@ -104,7 +104,7 @@ mod tests {
         let memory = reserve(4 << 20).unwrap();
         let layer = tempfile::tempfile().unwrap();
         layer.set_len(4 << 20).unwrap();
-        map_layers(&memory, &[layer], &[]).unwrap();
+        map_first_layer(&memory, &layer).unwrap();
         assert_eq!(both_ways(&memory), []);
         let page = |number: u64| GuestAddress(number * PAGE_BYTES);
         let _: u8 = memory.read_obj(page(3)).unwrap();

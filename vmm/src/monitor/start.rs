@@ -65,6 +65,13 @@ pub(super) fn wait_for_start(
                     let message = "there is no shell: send kvm_fd, or Prepare first";
                     control.refuse(id, Code::Invalid, message)
                 }
+                Ok(restore)
+                    if restore.first_layer_prepared
+                        && !shell.as_ref().is_some_and(Frame::has_first_layer) =>
+                {
+                    let message = "no memory layer is prepared: send all in memory_fds";
+                    control.refuse(id, Code::Invalid, message)
+                }
                 Ok(restore) => return Ok(Some((id, Start::Restore(restore)))),
                 Err(error) => control.refuse(id, Code::Invalid, error.to_string()),
             },
@@ -74,7 +81,7 @@ pub(super) fn wait_for_start(
             Some(Op::Prepare(prepare)) => match PrepareRequest::from_message(prepare, fds) {
                 Ok(prepare) => {
                     let mut stages = Stopwatch::start();
-                    match new_frame(prepare.shape, prepare.kvm, &mut stages) {
+                    match new_shell(prepare, &mut stages) {
                         Ok(frame) => {
                             *shell = Some(frame);
                             crate::sys::map_own_code();
@@ -179,10 +186,20 @@ pub(super) fn build_restored(
     let origin = Origin::Restore {
         state: Box::new(state),
         layers: restore.memory,
+        first_layer_prepared: restore.first_layer_prepared,
         ahead: restore.ahead,
     };
     let machine = Machine::new(frame, parts, origin, console.clone(), events, stages)?;
     Ok((machine, console, restore.attached.control_listener))
+}
+
+fn new_shell(prepare: PrepareRequest, stages: &mut Stopwatch) -> Result<Frame, Refusal> {
+    let mut frame = new_frame(prepare.shape, prepare.kvm, stages)?;
+    if let Some(memory) = prepare.memory {
+        frame.prepare_memory(memory)?;
+        stages.mark("memory");
+    }
+    Ok(frame)
 }
 
 /// Makes a frame, after which nothing more needs what [`jail::seal`] gives up.

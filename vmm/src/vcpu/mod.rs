@@ -11,6 +11,7 @@ use kvm_ioctls::{VcpuExit, VcpuFd};
 use soulbox_proto::vmm::v1::exited::Reason;
 
 use crate::bus::{Bus, Space};
+use crate::clock::monotonic_ns;
 use crate::events::EventSender;
 
 pub mod boot;
@@ -65,6 +66,8 @@ struct Shared {
     /// `immediate_exit` of the vCPU's `kvm_run`; empty once the thread is over.
     immediate_exit: kick::ImmediateExit,
     exits: [AtomicU64; EXIT_NAMES.len()],
+    /// CLOCK_MONOTONIC, in nanoseconds; 0 before it.
+    first_exit_ns: AtomicU64,
 }
 
 /// What a vCPU is told. While it runs it looks for commands when KVM_RUN was
@@ -141,8 +144,15 @@ impl Vcpu {
 
     fn run(&mut self, bus: &Bus) -> Stop {
         let shared = Arc::clone(&self.shared);
+        let mut is_first = true;
         loop {
-            let kind = match self.fd.run() {
+            let left = self.fd.run();
+            if std::mem::take(&mut is_first) {
+                shared
+                    .first_exit_ns
+                    .store(monotonic_ns(), Ordering::Relaxed);
+            }
+            let kind = match left {
                 Ok(VcpuExit::IoIn(port, data)) => {
                     bus.read(Space::Port, u64::from(port), data);
                     IO
@@ -254,6 +264,7 @@ impl VcpuThread {
         let shared = Arc::new(Shared {
             immediate_exit: kick::ImmediateExit::of(&mut fd),
             exits: Default::default(),
+            first_exit_ns: AtomicU64::new(0),
         });
         let vcpu = Vcpu {
             index,
@@ -286,6 +297,11 @@ impl VcpuThread {
                 *sum.entry((*name).to_owned()).or_default() += count;
             }
         }
+    }
+
+    /// When it left the guest for the first time; 0 before that.
+    pub fn first_exit_ns(&self) -> u64 {
+        self.shared.first_exit_ns.load(Ordering::Relaxed)
     }
 
     /// Tells the vCPU to leave the guest, without waiting for it.

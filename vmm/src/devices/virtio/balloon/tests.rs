@@ -176,7 +176,7 @@ fn a_page_given_back_is_what_its_layer_holds() {
     layer.set_len(MEMORY_BYTES).unwrap();
     layer.write_all_at(b"layer", 100 * PAGE_BYTES).unwrap();
     let memory = memory::reserve(MEMORY_BYTES).unwrap();
-    memory::map_layers(&memory, &[layer], &[]).unwrap();
+    memory::map_first_layer(&memory, &layer).unwrap();
     let mut guest = Guest::with_memory(memory, REPORTING);
     guest.touch(100..102);
     guest.inflate(&[100]);
