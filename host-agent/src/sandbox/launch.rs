@@ -6,6 +6,7 @@ use super::actor::Actor;
 use super::error::StartError;
 use super::machine::Machine;
 use super::shells::Shape;
+use crate::id::SnapshotId;
 use crate::record::Transition;
 use crate::store::{Change, CommitError};
 use crate::time::Stopwatch;
@@ -21,6 +22,8 @@ pub(super) enum Wanted {
 pub(super) struct Launched {
     pub(super) pagemap: Option<File>,
     pub(super) is_shell: bool,
+    /// Whose memory it has mapped.
+    pub(super) first_layer: Option<SnapshotId>,
 }
 
 // === impl Actor ===
@@ -50,6 +53,7 @@ impl Actor {
                 Launched {
                     pagemap: shell.pagemap,
                     is_shell: true,
+                    first_layer: shell.first_layer,
                 }
             }
             None => {
@@ -58,6 +62,7 @@ impl Actor {
                 Launched {
                     pagemap,
                     is_shell: false,
+                    first_layer: None,
                 }
             }
         };

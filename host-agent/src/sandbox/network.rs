@@ -391,6 +391,12 @@ impl Actor {
             return Err(NetworkError::Store(error));
         }
         if let Err(error) = self.enforce(&policy).await {
+            // The firewall may have it already, where the monitor refused.
+            if let Some(before) = &before
+                && let Err(error) = self.enforce(before).await
+            {
+                tracing::error!(sandbox = %self.record.id, %error, "parts of a policy that failed stay; set another");
+            }
             self.record.network = before;
             if let Err(error) = self.pool.store.commit(put(&self.record)).await {
                 tracing::error!(sandbox = %self.record.id, %error, "that its policy stays is not on disk");
@@ -407,7 +413,12 @@ impl Actor {
         };
         networks.slots.apply(attached.lease.index, policy).await?;
         let _ = attached.names.send(Arc::new(networks.names(policy)));
-        let Some(machine) = &self.machine else {
+        self.limit(policy).await
+    }
+
+    /// Has the monitor keep to the policy's limits, where the sandbox has a network.
+    pub(super) async fn limit(&self, policy: &Policy) -> Result<(), NetworkError> {
+        let (Some(_), Some(machine)) = (&self.network, &self.machine) else {
             return Ok(());
         };
         let set = request::Op::SetNet(proto::SetNet {

@@ -273,6 +273,7 @@ async fn adopt(actor: &mut Actor) -> Result<(), Failure> {
     let answered = match timeout(ANSWER, ask_monitor(actor)).await {
         Ok(Ok(metrics)) => {
             finish_snapshot(actor, &metrics).await;
+            limit_again(actor).await;
             match timeout(ANSWER, ask_guest(actor)).await {
                 Ok(answered) => answered,
                 Err(_) => Err("the guest's agent did not answer in time".to_owned()),
@@ -302,6 +303,17 @@ async fn ask_monitor(actor: &Actor) -> Result<Metrics, String> {
     };
     let metrics = machine.control.metrics().await;
     metrics.map_err(|error| format!("the monitor did not answer: {error}"))
+}
+
+/// A daemon that ended while it changed a policy may have told the firewall only, or
+/// nobody: the slots take theirs from the records, and so does the monitor.
+async fn limit_again(actor: &Actor) {
+    let Some(policy) = &actor.record.network else {
+        return;
+    };
+    if let Err(error) = actor.limit(policy).await {
+        tracing::error!(sandbox = %actor.record.id, %error, "its network's limits may be those of an earlier policy; set them again");
+    }
 }
 
 async fn ask_guest(actor: &Actor) -> Result<(), String> {

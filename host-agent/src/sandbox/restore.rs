@@ -254,10 +254,20 @@ impl Actor {
             fds.push(fd);
             u32::try_from(fds.len() - 1).unwrap_or(u32::MAX)
         };
+        let first_layer = plan.chains.memory.first();
+        let first_layer_prepared =
+            first_layer.is_some() && launched.first_layer.as_ref() == first_layer && !plan.records;
+        let memory = layers.memory.iter().skip(first_layer_prepared.into());
+        // Upper layers lie over what was filled in of the first.
+        let working_set = match (first_layer_prepared, layers.memory.len()) {
+            (true, 1) => None,
+            _ => layers.working_set.as_ref(),
+        };
         let restore = proto::Restore {
             kvm_fd: kvm.map(|kvm| attach(kvm.device.as_fd())),
             state_fd: attach(layers.state.as_fd()),
-            memory_fds: layers.memory.iter().map(|fd| attach(fd.as_fd())).collect(),
+            memory_fds: memory.map(|fd| attach(fd.as_fd())).collect(),
+            first_layer_prepared,
             disks: vec![proto::RestoreDisk {
                 base_fd: attach(plan.rootfs.as_fd()),
                 frozen_layer_fds: layers.disk.iter().map(|fd| attach(fd.as_fd())).collect(),
@@ -268,7 +278,7 @@ impl Actor {
             console_fd: None,
             control_listener_fd: Some(attach(files.control_listener.as_fd())),
             pagemap_fd: launched.pagemap.as_ref().map(|fd| attach(fd.as_fd())),
-            working_set_fd: layers.working_set.as_ref().map(|fd| attach(fd.as_fd())),
+            working_set_fd: working_set.map(|fd| attach(fd.as_fd())),
             net: Some(self.net_device(&mut attach)),
             record_working_set: plan.records,
         };

@@ -1,10 +1,15 @@
 //! Shells: monitors that have made everything of a machine that no template has a
 //! part in, and wait. One is used once.
 //!
+//! What most restores of a shape begin with, the memory of the template's own
+//! snapshot and what its guests touch first, a shell maps ahead too: that is most of
+//! the work of a restore. One that is then wanted for something else maps that over it.
+//!
 //! A shell has no control listener, so it ends by itself when the daemon does.
 
 use std::collections::{HashMap, VecDeque};
 use std::fs::File;
+use std::os::fd::AsFd as _;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -16,7 +21,7 @@ use tokio::time::timeout;
 use super::machine::Machine;
 use super::pool::Pool;
 use crate::config::{Config, ShellShape};
-use crate::id::SandboxId;
+use crate::id::{SandboxId, SnapshotId};
 use crate::monitor::{RequestError, SpawnError, monitors_below};
 use crate::record::Resources;
 use crate::sync::lock;
@@ -42,6 +47,8 @@ pub(super) struct Shell {
     pub(super) machine: Machine,
     pub(super) pagemap: Option<File>,
     pub(super) log: PathBuf,
+    /// Whose memory it has mapped.
+    pub(super) first_layer: Option<SnapshotId>,
 }
 
 #[derive(Debug)]
@@ -51,6 +58,13 @@ pub(super) struct Shells {
     maximum: usize,
     shelves: Mutex<HashMap<Shape, Shelf>>,
     changed: Notify,
+}
+
+/// What a shell maps ahead.
+struct FirstLayer {
+    id: SnapshotId,
+    layer: File,
+    working_set: Option<File>,
 }
 
 #[derive(Debug)]
@@ -176,7 +190,7 @@ impl Shells {
             loop {
                 // One that has just been notified is looked at once.
                 let _ = timeout(LOOK, shells.changed.notified()).await;
-                shells.bury_the_dead_and_surplus().await;
+                shells.bury_the_dead_and_surplus(&pool).await;
                 match shells.refill(&pool).await {
                     Ok(()) => failing = false,
                     Err(error) => {
@@ -229,15 +243,22 @@ impl Shells {
         (missing(shelf) > 0).then_some(*shape)
     }
 
-    async fn bury_the_dead_and_surplus(&self) {
+    async fn bury_the_dead_and_surplus(&self, pool: &Pool) {
         let mut gone = Vec::new();
-        for shelf in lock(&self.shelves).values_mut() {
+        for (shape, shelf) in lock(&self.shelves).iter_mut() {
+            let first_layer = pool.first_layer(*shape);
+            // One after the other, for they are of use until there are better ones.
+            let mut may_replace = true;
             if shelf.wanted > self.minimum && shelf.last_taken.elapsed() > CALM {
                 shelf.wanted -= 1;
             }
             let mut kept = VecDeque::new();
             for shell in shelf.ready.drain(..) {
+                let outdated = first_layer.is_some() && shell.first_layer != first_layer;
                 if shell.is_over() || kept.len() >= shelf.wanted {
+                    gone.push(shell);
+                } else if outdated && std::mem::take(&mut may_replace) {
+                    self.changed.notify_one();
                     gone.push(shell);
                 } else {
                     kept.push_back(shell);
@@ -253,6 +274,32 @@ impl Shells {
                 );
             }
             shell.end().await;
+        }
+    }
+}
+
+// === impl Pool ===
+
+impl Pool {
+    /// What shells of a shape are likely to be restored from.
+    fn first_layer(&self, shape: Shape) -> Option<SnapshotId> {
+        let offered = self.snapshots.offered()?;
+        let fits = Shape::from(offered.resources) == shape;
+        offered.chains.memory.into_iter().next().filter(|_| fits)
+    }
+
+    async fn first_layer_files(&self, shape: Shape) -> Option<FirstLayer> {
+        let id = self.first_layer(shape)?;
+        match self.snapshots.open_memory(&id).await {
+            Ok((layer, _)) => Some(FirstLayer {
+                layer,
+                working_set: self.snapshots.files(&id).open_working_set(),
+                id,
+            }),
+            Err(error) => {
+                tracing::debug!(snapshot = %id, %error, "shells do not map its memory ahead");
+                None
+            }
         }
     }
 }
@@ -274,10 +321,17 @@ impl Shell {
             }
         };
         let pagemap = process.pagemap().ok();
-        let shell = Self {
+        let mut shell = Self {
             machine: Machine::new(process, socket),
             pagemap,
             log: path,
+            first_layer: None,
+        };
+        let memory = pool.first_layer_files(shape).await;
+        let mut fds = vec![kvm.device.as_fd()];
+        let mut attach = |file| {
+            fds.push(file);
+            u32::try_from(fds.len() - 1).unwrap_or(u32::MAX)
         };
         let prepare = request::Op::Prepare(proto::Prepare {
             shape: Some(proto::MachineShape {
@@ -288,11 +342,17 @@ impl Shell {
                 net: true,
             }),
             kvm_fd: 0,
+            memory_fd: memory.as_ref().map(|memory| attach(memory.layer.as_fd())),
+            working_set_fd: memory
+                .as_ref()
+                .and_then(|memory| Some(attach(memory.working_set.as_ref()?.as_fd()))),
         });
-        let fds = [std::os::fd::AsFd::as_fd(&*kvm.device)];
         let asked = timeout(PREPARE, shell.machine.control.request(prepare, &fds)).await;
         let failed = match asked {
-            Ok(Ok(reply::Result::Prepared(_))) => return Ok(shell),
+            Ok(Ok(reply::Result::Prepared(_))) => {
+                shell.first_layer = memory.map(|memory| memory.id);
+                return Ok(shell);
+            }
             Ok(Ok(_)) => ShellError::Protocol,
             Ok(Err(error)) => error.into(),
             Err(_) => ShellError::Slow,

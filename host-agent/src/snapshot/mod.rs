@@ -186,6 +186,13 @@ impl Snapshots {
         lock(&self.inner).offered = Some(id.clone());
     }
 
+    /// What [`Self::offer`] named, as long as sandboxes start from it.
+    pub fn offered(&self) -> Option<SnapshotRecord> {
+        let inner = lock(&self.inner);
+        let record = inner.records.get(inner.offered.as_ref()?)?;
+        (record.is_ready() && !record.stale).then(|| record.clone())
+    }
+
     fn find(
         self: &Arc<Self>,
         wanted: impl Fn(&SnapshotRecord) -> bool,

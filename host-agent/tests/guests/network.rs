@@ -5,7 +5,7 @@
 
 use std::fs::File;
 use std::io::{Read as _, Write as _};
-use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::process::Command;
 use std::time::Duration;
 
@@ -17,8 +17,10 @@ use crate::support::{Daemon, Host};
 
 /// Of the internet, of a private network behind it, and of the host's end.
 const SERVER: Ipv4Addr = Ipv4Addr::new(203, 0, 113, 1);
+const SERVER6: &str = "2001:db8:1::1";
 const PRIVATE: Ipv4Addr = Ipv4Addr::new(10, 99, 0, 1);
 const HOST: Ipv4Addr = Ipv4Addr::new(203, 0, 113, 2);
+const HOST6: &str = "2001:db8:1::2";
 const PROXY_PORT: u16 = 18080;
 
 /// How long the template's snapshot may take where everything is emulated.
@@ -45,10 +47,13 @@ impl World {
             link,
             format!("-n {HOST_SPACE} link set lo up"),
             format!("-n {HOST_SPACE} address add {HOST}/24 dev up0"),
+            format!("-n {HOST_SPACE} address add {HOST6}/64 dev up0 nodad"),
             format!("-n {HOST_SPACE} link set up0 up"),
             format!("-n {HOST_SPACE} route add default via {SERVER}"),
+            format!("-n {HOST_SPACE} route add default via {SERVER6}"),
             format!("-n {INTERNET} link set lo up"),
             format!("-n {INTERNET} address add {SERVER}/24 dev eth0"),
+            format!("-n {INTERNET} address add {SERVER6}/64 dev eth0 nodad"),
             format!("-n {INTERNET} address add {PRIVATE}/32 dev lo"),
             format!("-n {INTERNET} link set eth0 up"),
         ] {
@@ -62,9 +67,7 @@ impl World {
              [proxy]\nlisten = \"127.0.0.1:{PROXY_PORT}\"\ndomain = \"sb.test\"\n"
         );
         let host = real_host(&config);
-        let mut start = Command::new("nsenter");
-        start.arg(format!("--net=/run/netns/{HOST_SPACE}"));
-        let daemon = host.start_through(start);
+        let daemon = start(&host);
         let begun = std::time::Instant::now();
         while !daemon
             .log()
@@ -82,6 +85,14 @@ impl World {
             host,
             daemon: Some(daemon),
         })
+    }
+
+    /// Kills the daemon and starts another.
+    fn replace_daemon(&mut self) {
+        if let Some(mut daemon) = self.daemon.take() {
+            daemon.kill();
+        }
+        self.daemon = Some(start(&self.host));
     }
 
     /// What a program in the guest gets from a web server, or the error's name.
@@ -113,6 +124,12 @@ impl Drop for World {
     }
 }
 
+fn start(host: &Host) -> Daemon {
+    let mut inside = Command::new("nsenter");
+    inside.arg(format!("--net=/run/netns/{HOST_SPACE}"));
+    host.start_through(inside)
+}
+
 /// Does it on a thread in a namespace. Sockets stay where they were made.
 fn inside<T: Send>(name: &str, work: impl FnOnce() -> T + Send) -> Result<T> {
     let space = File::open(format!("/run/netns/{name}"))?;
@@ -131,7 +148,8 @@ fn inside<T: Send>(name: &str, work: impl FnOnce() -> T + Send) -> Result<T> {
 /// A web server and a resolver, which says of every name that it is the server,
 /// but of `private.test` that it is behind.
 fn serve_internet() -> Result<()> {
-    let web = TcpListener::bind((IpAddr::from([0, 0, 0, 0]), 80))?;
+    // Of IPv4 too.
+    let web = TcpListener::bind((Ipv6Addr::UNSPECIFIED, 80))?;
     std::thread::spawn(move || {
         for client in web.incoming().flatten() {
             std::thread::spawn(move || answer(client));
@@ -194,10 +212,11 @@ fn through_proxy(host: &str) -> Result<String> {
 
 /// In one world, which takes long to make.
 pub(crate) fn sandboxes_have_networks() -> Result<()> {
-    let world = World::new()?;
+    let mut world = World::new()?;
     a_guest_reaches_what_its_policy_allows(&world).context("policy")?;
     a_guests_ports_are_reached(&world).context("ports")?;
-    children_have_networks_of_their_own(&world).context("children")
+    children_have_networks_of_their_own(&world).context("children")?;
+    a_network_outlives_its_daemon(&mut world).context("another daemon")
 }
 
 fn a_guest_reaches_what_its_policy_allows(world: &World) -> Result<()> {
@@ -205,11 +224,16 @@ fn a_guest_reaches_what_its_policy_allows(world: &World) -> Result<()> {
     let id = create(host, &[])?;
     assert_eq!(world.fetch(&id, &format!("http://{SERVER}/"))?, "internet");
     assert_eq!(world.fetch(&id, "http://web.test/")?, "internet");
+    assert_eq!(
+        world.fetch(&id, &format!("http://[{SERVER6}]/"))?,
+        "internet"
+    );
     // A name for a private address, that address, a cloud's metadata: refused at once.
     for url in [
         "http://private.test/".to_owned(),
         format!("http://{PRIVATE}/"),
         "http://169.254.169.254/".to_owned(),
+        "http://[fd99::1]/".to_owned(),
     ] {
         let got = world.fetch(&id, &url)?;
         ensure!(got != "internet", "{url}: {got}");
@@ -280,22 +304,7 @@ fn a_guests_ports_are_reached(world: &World) -> Result<()> {
 fn children_have_networks_of_their_own(world: &World) -> Result<()> {
     let host = &world.host;
     let parent = create(host, &[])?;
-    // Says in a file how its connection ends.
-    let hold = format!(
-        "import socket\n\
-         s = socket.create_connection(('{SERVER}', 80))\n\
-         s.sendall(b'GET /hold HTTP/1.0\\r\\n\\r\\n')\n\
-         s.recv(4)\n\
-         open('/tmp/held', 'w').close()\n\
-         try: said = s.recv(1)\n\
-         except OSError as e: said = e\n\
-         open('/tmp/ended', 'w').write(repr(said))\n"
-    );
-    let start = format!("(setsid python3 -c \"{hold}\" >/tmp/log 2>&1 &)");
-    succeed(sh(host, &parent, &start))?;
-    eventually("the parent is connected", || {
-        Ok(sh(host, &parent, "test -e /tmp/held").status.success())
-    })?;
+    hold(host, &parent)?;
     let forked = succeed(host.soulbox(&["fork", "--count", "2", &parent]))?;
     let children: Vec<&str> = forked.lines().collect();
     let mac = |id: &str| succeed(sh(host, id, "cat /sys/class/net/eth0/address"));
@@ -313,14 +322,81 @@ fn children_have_networks_of_their_own(world: &World) -> Result<()> {
         assert_eq!(world.fetch(child, "http://web.test/")?, "internet");
     }
     // The parent's goes on.
-    ensure!(
-        !sh(host, &parent, "test -s /tmp/ended").status.success(),
-        "the parent's ended"
-    );
+    still_held(host, &parent)?;
     // Back from a pause it has another slot, and reaches what it did.
     succeed(host.soulbox(&["pause", &parent]))?;
     succeed(host.soulbox(&["resume", &parent]))?;
     assert_eq!(world.fetch(&parent, "http://web.test/")?, "internet");
     succeed(host.soulbox(&["rm", "--force", "--all"]))?;
+    Ok(())
+}
+
+/// Has a program in the guest hold a connection, and say in a file how it ends.
+fn hold(host: &Host, id: &str) -> Result<()> {
+    let hold = format!(
+        "import socket\n\
+         s = socket.create_connection(('{SERVER}', 80))\n\
+         s.sendall(b'GET /hold HTTP/1.0\\r\\n\\r\\n')\n\
+         s.recv(4)\n\
+         open('/tmp/held', 'w').close()\n\
+         try: said = s.recv(1)\n\
+         except OSError as e: said = e\n\
+         open('/tmp/ended', 'w').write(repr(said))\n"
+    );
+    let start = format!("(setsid python3 -c \"{hold}\" >/tmp/log 2>&1 &)");
+    succeed(sh(host, id, &start))?;
+    eventually("it is connected", || {
+        Ok(sh(host, id, "test -e /tmp/held").status.success())
+    })
+}
+
+fn still_held(host: &Host, id: &str) -> Result<()> {
+    let ended = sh(host, id, "test -s /tmp/ended").status.success();
+    ensure!(!ended, "what {id} held has ended");
+    Ok(())
+}
+
+/// What the kernel has of a sandbox's network is there while no daemon is, and the
+/// next one takes it up.
+fn a_network_outlives_its_daemon(world: &mut World) -> Result<()> {
+    let id = create(&world.host, &[])?;
+    let strict = create(&world.host, &["--net", "none"])?;
+    let serve = "mkdir -p /tmp/w && cd /tmp/w && echo from-the-guest > index.html && \
+                 (setsid python3 -m http.server 8000 >/dev/null 2>&1 &)";
+    succeed(sh(&world.host, &id, serve))?;
+    hold(&world.host, &id)?;
+    let set = ["net", "set", &id, "internet", "--deny", "203.0.113.0/24:81"];
+    succeed(world.host.soulbox(&set))?;
+    let addresses = |world: &World| -> Result<serde_json::Value> {
+        let shown = succeed(world.host.soulbox(&["get", &id, "--output", "json"]))?;
+        let shown: serde_json::Value = serde_json::from_str(&shown)?;
+        Ok(shown["addresses"].clone())
+    };
+    let before = addresses(world)?;
+    ensure!(before[0].is_string(), "no address in {before}");
+
+    world.replace_daemon();
+    assert_eq!(addresses(world)?, before);
+    assert_eq!(world.fetch(&id, "http://web.test/")?, "internet");
+    let shown = succeed(
+        world
+            .host
+            .soulbox(&["net", "show", &id, "--output", "json"]),
+    )?;
+    ensure!(shown.contains("203.0.113.0/24"), "{shown}");
+    let got = world.fetch(&id, "http://169.254.169.254/")?;
+    ensure!(got != "internet" && !got.contains("imeout"), "{got}");
+    still_held(&world.host, &id)?;
+    let name = format!("8000-{id}.sb.test");
+    eventually("the proxy reaches the guest", || {
+        Ok(through_proxy(&name)?.contains("from-the-guest"))
+    })?;
+    // Its policy is changed by the new daemon.
+    succeed(world.host.soulbox(&["net", "set", &id, "off"]))?;
+    let got = world.fetch(&id, &format!("http://{SERVER}/"))?;
+    ensure!(got != "internet", "with the internet off: {got}");
+    let got = world.fetch(&strict, &format!("http://{SERVER}/"))?;
+    ensure!(got != "internet", "without a network: {got}");
+    succeed(world.host.soulbox(&["rm", "--force", "--all"]))?;
     Ok(())
 }

@@ -27,6 +27,7 @@ mod calls;
 mod crashes;
 mod daemons;
 mod ends;
+mod networks;
 mod shells;
 mod snapshots;
 
@@ -34,6 +35,7 @@ use calls::*;
 use crashes::*;
 use daemons::*;
 use ends::*;
+use networks::*;
 use shells::*;
 use snapshots::*;
 
@@ -89,6 +91,7 @@ cases! {
     a_fork_that_is_cut_off_leaves_no_child,
     a_monitor_that_dies_with_the_daemon_fails_only_its_sandbox,
     a_full_disk_costs_no_sandbox,
+    a_policy_is_everywhere_or_nowhere,
 }
 
 const FAST: &str = "[capacity]\nvcpus = 8\nmemory_mib = 4096\n[timeouts]\nboot_ms = 20000\nclean_stop_ms = 2000\ndrain_ms = 200\n[shells]\nmaximum = 0\n[templates]\nsnapshot = false\n";

@@ -63,6 +63,8 @@ struct Guest {
     frozen: Vec<std::fs::File>,
     top: std::fs::File,
     balloon_mib: u32,
+    /// Its interface is there as long as this is.
+    tap: Option<OwnedFd>,
 }
 
 /// The file `snapshot`.
@@ -142,9 +144,9 @@ async fn run() {
     // that it names, and nothing in this process has touched it before.
     let control = unsafe { OwnedFd::from_raw_fd(number) };
     let control = Arc::new(ControlSocket::new(control).unwrap());
-    let mut shape = None;
+    let (mut shape, mut prepared_memory) = (None, None);
     // A shell ends with its daemon.
-    while let Some((id, op, fds)) = receive(&control).await {
+    while let Some((id, op, mut fds)) = receive(&control).await {
         match op {
             request::Op::Prepare(prepare) => {
                 if fault("prepare").await.is_some() {
@@ -159,12 +161,14 @@ async fn run() {
                         .replace((wanted.vcpu_count, wanted.memory_mib))
                         .is_none()
                 );
+                prepared_memory = prepare.memory_fd.map(|fd| fds.file(fd));
+                log!("prepared memory: {}", prepared_memory.is_some());
                 let prepared = reply::Result::Prepared(proto::Prepared { stages: Vec::new() });
                 send_reply(&control, id, prepared, &[]).await;
             }
             request::Op::Boot(boot) => return booted(control, id, boot, fds).await,
             request::Op::Restore(restore) => {
-                return restored(control, id, restore, fds, shape).await;
+                return restored(control, id, restore, fds, shape, prepared_memory).await;
             }
             other => panic!("not Boot: {other:?}"),
         }
@@ -212,6 +216,8 @@ async fn booted(control: Arc<ControlSocket>, id: u64, boot: proto::Boot, mut fds
     fds.take(disk.base_fd);
     let top = fds.file(disk.layer_fd.unwrap());
     assert_eq!(top.metadata().unwrap().len(), 0);
+    let tap = config.net.and_then(|net| net.tap_fd);
+    let tap = tap.map(|tap| fds.take(tap));
     fds.take(boot.kvm_fd);
     fds.take(boot.pagemap_fd.unwrap());
     let vsock = fds.take(config.vsock.unwrap().listener_fd);
@@ -230,6 +236,7 @@ async fn booted(control: Arc<ControlSocket>, id: u64, boot: proto::Boot, mut fds
         frozen: Vec::new(),
         top,
         balloon_mib: 0,
+        tap,
     };
     let runs = Runs {
         machine: true,
@@ -263,6 +270,7 @@ async fn restored(
     restore: proto::Restore,
     mut fds: Fds,
     shape: Option<(u32, u32)>,
+    prepared_memory: Option<std::fs::File>,
 ) {
     if let Some(what) = fault("restore").await {
         let refused = match what.as_str() {
@@ -285,9 +293,11 @@ async fn restored(
     let [disk] = &restore.disks[..] else {
         panic!("not one disk: {restore:?}");
     };
-    if restore.memory_fds.len() != state.memory_layers
-        || disk.frozen_layer_fds.len() != state.disk_layers
-    {
+    let first_layer = prepared_memory.filter(|_| restore.first_layer_prepared);
+    assert_eq!(first_layer.is_some(), restore.first_layer_prepared);
+    let upper_layers = restore.memory_fds.iter().map(|fd| fds.file(*fd));
+    let memory: Vec<std::fs::File> = first_layer.into_iter().chain(upper_layers).collect();
+    if memory.len() != state.memory_layers || disk.frozen_layer_fds.len() != state.disk_layers {
         return send_reply(&control, id, damaged("needs other layers"), &[]).await;
     }
     // A shell has KVM already.
@@ -296,7 +306,6 @@ async fn restored(
         assert_eq!(shape, (state.vcpus, state.memory_mib));
     }
     let mut word = vec![0; 64];
-    let memory: Vec<std::fs::File> = restore.memory_fds.iter().map(|fd| fds.file(*fd)).collect();
     for layer in &memory {
         let size = u64::from(state.memory_mib) << 20;
         assert_eq!(layer.metadata().unwrap().len(), size);
@@ -308,6 +317,8 @@ async fn restored(
     let frozen = frozen.collect();
     let top = fds.file(disk.layer_fd.unwrap());
     assert_eq!(top.metadata().unwrap().len(), 0);
+    let tap = restore.net.and_then(|net| net.tap_fd);
+    let tap = tap.map(|tap| fds.take(tap));
     fds.take(restore.pagemap_fd.unwrap());
     let vsock = fds.take(restore.vsock_listener_fd.unwrap());
     let takeover = fds.take(restore.control_listener_fd.unwrap());
@@ -319,6 +330,7 @@ async fn restored(
         frozen,
         top,
         balloon_mib: 0,
+        tap,
     };
     // Its programs stand still until it is configured.
     let runs = Runs {
@@ -519,6 +531,19 @@ impl Machine {
         reply::Result::SparesOpened(proto::SparesOpened {})
     }
 
+    async fn set_net(&self, set: &proto::SetNet) -> reply::Result {
+        if fault("set-net").await.is_some() {
+            return error(Code::Host, "as the test wants it");
+        }
+        if self.guest.lock().unwrap().tap.is_none() {
+            return error(Code::WrongState, "there is no TAP");
+        }
+        let bytes = set.tx.and_then(|limit| limit.bytes);
+        let capacity = bytes.map_or(0, |bucket| bucket.capacity);
+        log!("sends at most {capacity} bytes a second");
+        reply::Result::NetSet(proto::NetSet {})
+    }
+
     fn metrics(&self) -> reply::Result {
         let guest = self.guest.lock().unwrap();
         let counters = |name: &str, value: u64| proto::Counters {
@@ -627,7 +652,7 @@ async fn serve_control(machine: Machine, control: Arc<ControlSocket>) {
                 reply::Result::WorkingSetRecorded(proto::WorkingSetRecorded { bytes: 11 })
             }
             request::Op::GetMetrics(_) => machine.metrics(),
-            request::Op::SetNet(_) => error(Code::WrongState, "there is no network device"),
+            request::Op::SetNet(set) => machine.set_net(&set).await,
             request::Op::Boot(_) | request::Op::Prepare(_) | request::Op::Restore(_) => {
                 error(Code::WrongState, "the machine is there")
             }

@@ -13,6 +13,17 @@ async fn shells_are(host: &Host, count: usize) -> Vec<i32> {
     host.shells()
 }
 
+/// All of them have mapped the memory of the template's snapshot.
+async fn shells_are_prepared(host: &Host, count: usize) {
+    eventually("shells without memory", async || {
+        let logs = fs::read_dir(host.path("state/shells")).unwrap().flatten();
+        let said = logs.map(|log| fs::read_to_string(log.path()).unwrap_or_default());
+        let prepared = said.filter(|said| said.contains("prepared memory: true"));
+        prepared.count() == count && host.shells().len() == count
+    })
+    .await;
+}
+
 pub(super) async fn a_template_is_warm_before_its_sandboxes_are_made() {
     let host = host_with(WARM);
     let mut daemon = host.start();
@@ -20,7 +31,8 @@ pub(super) async fn a_template_is_warm_before_its_sandboxes_are_made() {
     let mut client = daemon.sandboxes().await;
     let mut used = std::collections::HashSet::new();
     for _ in 0..4 {
-        let waiting = shells_are(&host, 2).await;
+        shells_are_prepared(&host, 2).await;
+        let waiting = host.shells();
         let created = create(&mut client, "base").await.unwrap();
         assert!(created.restored);
         assert_eq!(
@@ -42,8 +54,9 @@ pub(super) async fn a_template_is_warm_before_its_sandboxes_are_made() {
         assert!(sandbox.snapshot_id.starts_with("sn-"));
         assert_eq!(get_word(&mut client, &sandbox.id).await, "warm");
         assert_eq!(read_disk(&mut client, &sandbox.id).await, "warm-disk\n");
-        // Nobody had to dial.
+        // Nobody had to map its memory or to dial.
         let log = fs::read_to_string(vmm_log(&host, &sandbox.id)).unwrap();
+        assert!(log.contains("prepared memory: true"), "{log}");
         assert!(
             log.contains("restored with 4 spares") && !log.contains("dialled"),
             "{log}"
