@@ -1,7 +1,7 @@
 //! Sandboxes of a soulboxd: real guests, real programs.
 
 use std::path::Path;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 
@@ -28,6 +28,10 @@ pub(crate) struct Options {
           value_parser = clap::value_parser!(u32).range(1..=1000))]
     forks: Vec<u32>,
 }
+
+/// How long soulboxd is left to make what it keeps ready: where everything is
+/// emulated by one CPU, a sandbox and the shell after it would be in each other's way.
+const SETTLED: Duration = Duration::from_secs(2);
 
 /// Sandboxes made, used once and deleted.
 #[derive(Default)]
@@ -123,6 +127,7 @@ async fn creates(
 
 impl Lives {
     async fn live(&mut self, client: &mut Client, memory_mib: u32, restored: bool) -> Result<()> {
+        tokio::time::sleep(SETTLED).await;
         let start = Instant::now();
         let created = client.create(memory_mib).await?;
         let id = id_of(created.sandbox.as_ref())?;

@@ -16,7 +16,7 @@ const LOOK: Duration = Duration::from_secs(1);
 const TRY_AGAIN: Duration = Duration::from_secs(5);
 /// How long making more can wait while there are plenty: whoever has just taken one
 /// is about to start a guest, and making slots holds locks that this needs.
-const LATER: Duration = Duration::from_millis(30);
+const LATER: Duration = Duration::from_millis(500);
 /// How many are made at once. The kernel makes links one after another, but nft
 /// and the waits for RCU run beside that.
 const AT_ONCE: usize = 4;
@@ -42,9 +42,13 @@ impl Network {
             // One that has just been notified is looked at once.
             let change = timeout(LOOK, self.changed.notified());
             self.leaving.run_until_cancelled(change).await;
-            if self.has_plenty() {
-                self.leaving.run_until_cancelled(sleep(LATER)).await;
-            }
+            let until_few = async {
+                while self.has_plenty() {
+                    self.changed.notified().await;
+                }
+            };
+            let later = timeout(LATER, until_few);
+            self.leaving.run_until_cancelled(later).await;
         }
     }
 

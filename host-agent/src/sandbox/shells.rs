@@ -30,6 +30,9 @@ use crate::sync::lock;
 const PREPARE: Duration = Duration::from_secs(10);
 /// How often shells are counted though nothing has happened.
 const LOOK: Duration = Duration::from_secs(1);
+/// How long making more can wait while there are plenty: whoever has just taken one
+/// is about to start a guest, for which the CPUs are better used.
+const LATER: Duration = Duration::from_millis(500);
 /// How long no shell can be made before the next try.
 const TRY_AGAIN: Duration = Duration::from_secs(5);
 /// How long nobody takes a shell before fewer are kept.
@@ -191,6 +194,7 @@ impl Shells {
                 // One that has just been notified is looked at once.
                 let _ = timeout(LOOK, shells.changed.notified()).await;
                 shells.bury_the_dead_and_surplus(&pool).await;
+                shells.leave_time().await;
                 match shells.refill(&pool).await {
                     Ok(()) => failing = false,
                     Err(error) => {
@@ -212,6 +216,24 @@ impl Shells {
         for shell in left {
             shell.end().await;
         }
+    }
+
+    /// Returns when [`LATER`] is over, or there are too few.
+    async fn leave_time(&self) {
+        let until_few = async {
+            while self.has_plenty() {
+                self.changed.notified().await;
+            }
+        };
+        let _ = timeout(LATER, until_few).await;
+    }
+
+    /// Whether of each shape half of those wait that should.
+    fn has_plenty(&self) -> bool {
+        let shelves = lock(&self.shelves);
+        shelves
+            .values()
+            .all(|shelf| shelf.ready.len() * 2 >= shelf.wanted)
     }
 
     async fn refill(&self, pool: &Arc<Pool>) -> Result<(), ShellError> {
