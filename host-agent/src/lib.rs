@@ -8,6 +8,7 @@
 // The exceptions are `descriptors` and `net::netns`, which say why.
 #![deny(unsafe_code)]
 
+mod accept;
 pub mod admission;
 pub mod cli;
 pub mod config;

@@ -8,15 +8,12 @@ use std::time::Duration;
 
 use tokio::io::copy_bidirectional;
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::Semaphore;
-use tokio::task::{JoinHandle, JoinSet};
+use tokio::task::JoinHandle;
 
 use super::{Dial, config, dial_within};
+use crate::accept::accept;
 use crate::id::SandboxId;
 use crate::sync::lock;
-
-/// How long to wait when the process is out of descriptors.
-const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
 /// Every forward of this host.
 ///
@@ -117,7 +114,7 @@ impl Forwards {
         };
         let listening = Listening {
             forward: forward.clone(),
-            task: tokio::spawn(serve(listener, Arc::new(route), self.max_connections)),
+            task: tokio::spawn(route.serve(listener, self.max_connections)),
         };
         lock(&self.forwards).insert(address, listening);
         Ok(forward)
@@ -177,40 +174,19 @@ struct Route {
     connect_timeout: Duration,
 }
 
-async fn serve(listener: TcpListener, route: Arc<Route>, max_connections: usize) {
-    let permits = Arc::new(Semaphore::new(max_connections));
-    let mut running = JoinSet::new();
-    loop {
-        let accept = async {
-            // Connections over the limit wait in the kernel.
-            let permit = Arc::clone(&permits).acquire_owned().await;
-            let permit = permit.map_err(io::Error::other)?;
-            let (stream, _) = listener.accept().await?;
-            io::Result::Ok((stream, permit))
-        };
-        let accepted = tokio::select! {
-            accepted = accept => accepted,
-            Some(_) = running.join_next() => continue,
-        };
-        match accepted {
-            Ok((stream, permit)) => {
-                let route = Arc::clone(&route);
-                running.spawn(async move {
-                    route.connection(stream).await;
-                    drop(permit);
-                });
-            }
-            Err(error) => {
-                tracing::warn!(address = %route.forward.address, %error, "a forward cannot accept connections");
-                tokio::time::sleep(ACCEPT_PAUSE).await;
-            }
-        }
-    }
-}
-
 // === impl Route ===
 
 impl Route {
+    async fn serve(self, listener: TcpListener, max_connections: usize) {
+        let who = format!("the forward {}", self.forward.address);
+        let route = Arc::new(self);
+        let serve = move |stream| {
+            let route = Arc::clone(&route);
+            async move { route.connection(stream).await }
+        };
+        accept(listener, who, max_connections, serve).await;
+    }
+
     async fn connection(&self, mut client: TcpStream) {
         let Forward { sandbox, port, .. } = &self.forward;
         let carried = async {

@@ -1,5 +1,6 @@
 //! The sockets of one slot.
 
+use std::convert::Infallible;
 use std::io;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -17,6 +18,7 @@ use super::message::{Query, Rejected};
 use super::select::{Selected, select};
 use super::upstream::{Upstreams, framed};
 use super::{Limits, MIN_TTL, OPEN_LONGER, Opener, Policy};
+use crate::accept::accept;
 use crate::net::DomainId;
 use crate::sync::lock;
 
@@ -103,36 +105,16 @@ impl Shared {
         }
     }
 
-    async fn connections(self: Arc<Self>, listener: TcpListener) {
-        let permits = Arc::new(Semaphore::new(self.limits.tcp_connections));
-        let mut running = JoinSet::new();
-        loop {
-            let accept = async {
-                // Connections over the limit wait in the kernel.
-                let permit = Arc::clone(&permits).acquire_owned().await;
-                let permit = permit.map_err(io::Error::other)?;
-                let (stream, _) = listener.accept().await?;
-                io::Result::Ok((stream, permit))
-            };
-            let accepted = tokio::select! {
-                accepted = accept => accepted,
-                Some(_) = running.join_next() => continue,
-            };
-            match accepted {
-                Ok((stream, permit)) => {
-                    let shared = Arc::clone(&self);
-                    running.spawn(async move {
-                        // However it ends, it is over.
-                        let _ = shared.connection(stream).await;
-                        drop(permit);
-                    });
-                }
-                Err(error) => {
-                    tracing::warn!(%error, "a slot's resolver cannot accept connections");
-                    tokio::time::sleep(ERROR_PAUSE).await;
-                }
+    async fn connections(self: Arc<Self>, listener: TcpListener) -> Infallible {
+        let limit = self.limits.tcp_connections;
+        accept(listener, "a slot's resolver", limit, move |stream| {
+            let shared = Arc::clone(&self);
+            async move {
+                // However it ends, it is over.
+                let _ = shared.connection(stream).await;
             }
-        }
+        })
+        .await
     }
 
     /// One question after the other, until one is late, too long or too many.
