@@ -165,6 +165,29 @@ impl ProcessService for Processes {
         });
         Ok(Response::new(ReceiverStream::new(stream)))
     }
+
+    type AttachStream = ReceiverStream<Result<ExecResponse, Status>>;
+
+    async fn attach(
+        &self,
+        _: Request<Streaming<soulbox_proto::guest::v1::AttachRequest>>,
+    ) -> Result<Response<Self::AttachStream>, Status> {
+        Err(Status::unimplemented(""))
+    }
+
+    async fn list_processes(
+        &self,
+        _: Request<soulbox_proto::guest::v1::ListProcessesRequest>,
+    ) -> Result<Response<soulbox_proto::guest::v1::ListProcessesResponse>, Status> {
+        Err(Status::unimplemented(""))
+    }
+
+    async fn signal_process(
+        &self,
+        _: Request<soulbox_proto::guest::v1::SignalProcessRequest>,
+    ) -> Result<Response<soulbox_proto::guest::v1::SignalProcessResponse>, Status> {
+        Err(Status::unimplemented(""))
+    }
 }
 
 // === impl Running ===

@@ -67,7 +67,7 @@ impl Session {
             output,
         } = self;
         let pid = process.pid.cast_unsigned();
-        if send(&responses, exec_response::Event::Started(Started { pid }))
+        if send(&responses, exec_response::Event::Started(Started { pid, id: 0 }))
             .await
             .is_err()
         {

@@ -217,7 +217,7 @@ impl Guest {
             .await?
             .and_then(|response| response.event)
         {
-            Some(Event::Started(Started { pid })) => Ok(Call {
+            Some(Event::Started(Started { pid, .. })) => Ok(Call {
                 requests,
                 responses,
                 pid,
