@@ -67,7 +67,12 @@ async fn serve(options: &Options, started_us: u64) -> anyhow::Result<()> {
     let (stop, stopped) = watch::channel(false);
     let processes = Processes::new(reaper, cgroups(options), stopped.clone());
     let code = Contexts::new(processes.clone(), stopped.clone());
-    let system = System::new(processes.clone(), code.clone(), stop.clone(), options.is_init);
+    let system = System::new(
+        processes.clone(),
+        code.clone(),
+        stop.clone(),
+        options.is_init,
+    );
     let ports = Ports::new(stopped.clone());
     let services = Services::new(processes.clone(), system, ports, code);
 

@@ -42,12 +42,7 @@ pub(crate) struct Services {
 // === impl Services ===
 
 impl Services {
-    pub(crate) fn new(
-        processes: Processes,
-        system: System,
-        ports: Ports,
-        code: Contexts,
-    ) -> Self {
+    pub(crate) fn new(processes: Processes, system: System, ports: Ports, code: Contexts) -> Self {
         let process = ProcessServiceServer::new(processes);
         let code = CodeServiceServer::new(code);
         Self {

@@ -136,8 +136,7 @@ impl Frame {
         if bytes.is_empty() {
             return Ok(Self::Ready);
         }
-        let response =
-            RunCodeResponse::decode(bytes).map_err(|_| BrokenChannel::Malformed)?;
+        let response = RunCodeResponse::decode(bytes).map_err(|_| BrokenChannel::Malformed)?;
         match response.event {
             Some(Event::Result(result)) => {
                 let mut names = result.data.keys().chain(&result.omitted);
@@ -328,17 +327,33 @@ mod tests {
         prop_oneof![
             Just((Frame::Ready, Vec::new())),
             (text, text).prop_map(|(name, value)| {
-                let error = CodeError { name, value, traceback: vec!["x".to_owned()] };
+                let error = CodeError {
+                    name,
+                    value,
+                    traceback: vec!["x".to_owned()],
+                };
                 (Frame::Error(error.clone()), message(Event::Error(error)))
             }),
-            ("[a-z]{1,5}/[a-z]{1,5}", prop::collection::vec(any::<u8>(), 0..99)).prop_map(
-                |(mime, bytes)| {
+            (
+                "[a-z]{1,5}/[a-z]{1,5}",
+                prop::collection::vec(any::<u8>(), 0..99)
+            )
+                .prop_map(|(mime, bytes)| {
                     let data = HashMap::from([(mime, Bytes::from(bytes))]);
-                    let result = CodeResult { main: true, data, ..CodeResult::default() };
-                    (Frame::Result(result.clone()), message(Event::Result(result)))
-                }
-            ),
-            Just((Frame::Finished(Outcome::Failed), message(finished(Outcome::Failed)))),
+                    let result = CodeResult {
+                        main: true,
+                        data,
+                        ..CodeResult::default()
+                    };
+                    (
+                        Frame::Result(result.clone()),
+                        message(Event::Result(result)),
+                    )
+                }),
+            Just((
+                Frame::Finished(Outcome::Failed),
+                message(finished(Outcome::Failed))
+            )),
         ]
     }
 

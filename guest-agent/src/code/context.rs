@@ -176,7 +176,10 @@ impl Context {
     }
 
     /// Gives an order and waits until it has been done. None: the context is gone.
-    pub(super) async fn order<T>(&self, order: impl FnOnce(oneshot::Sender<T>) -> Order) -> Option<T> {
+    pub(super) async fn order<T>(
+        &self,
+        order: impl FnOnce(oneshot::Sender<T>) -> Order,
+    ) -> Option<T> {
         let (reply, done) = oneshot::channel();
         self.orders.send(order(reply)).ok()?;
         done.await.ok()
@@ -257,18 +260,20 @@ impl Keeper {
     }
 
     async fn job(&mut self, job: Job) -> Option<oneshot::Sender<()>> {
-        let Job { spec, responses, .. } = &job;
+        let Job {
+            spec, responses, ..
+        } = &job;
         if responses.is_closed() {
             // The caller left while it waited.
             return None;
         }
-        let identity = self.guest.identity();
         // One that stands still would run it before it knew of a new identity.
         let ready = self.guest.processes.may_start().await;
         let started = match ready {
             Ok(()) => self.start().await.map_err(Status::from),
             Err(stopping) => Err(stopping),
         };
+        let identity = self.guest.identity();
         let (Ok(()), Some(interpreter)) = (&started, &mut self.interpreter) else {
             let status = started.err().unwrap_or_else(super::stopping);
             let _ = responses.try_send(Err(status));
@@ -295,7 +300,9 @@ impl Keeper {
         }));
         self.kept.tell(&mut run);
         let mut orders = Vec::new();
-        let lives = run.to_end(&mut self.orders, &mut orders, &mut self.stop).await;
+        let lives = run
+            .to_end(&mut self.orders, &mut orders, &mut self.stop)
+            .await;
         if !lives && orders.is_empty() {
             self.lose_interpreter().await;
         }
@@ -353,7 +360,9 @@ impl Kept {
 
     /// Hands all of it to the run.
     fn tell(&mut self, run: &mut Run<'_>) {
-        let Self { events, dropped, .. } = std::mem::take(self);
+        let Self {
+            events, dropped, ..
+        } = std::mem::take(self);
         for event in events {
             run.tell(event);
         }

@@ -6,8 +6,8 @@ use std::time::Duration;
 
 use bytes::{Buf as _, Bytes};
 use rustix::io::{Errno, fcntl_dupfd_cloexec};
-use soulbox_proto::guest::v1::run_code_response::Event;
 use soulbox_proto::guest::v1::ProcessSpec;
+use soulbox_proto::guest::v1::run_code_response::Event;
 use tokio::io::AsyncWriteExt as _;
 use tokio::net::UnixStream;
 use tokio::net::unix::OwnedWriteHalf;
@@ -70,7 +70,9 @@ pub(super) struct Listen {
 
 #[derive(Debug, thiserror::Error)]
 pub(super) enum InterpreterError {
-    #[error("there is no {program} in the guest: install {install}, or add its folder to PATH in the context's environment")]
+    #[error(
+        "there is no {program} in the guest: install {install}, or add its folder to PATH in the context's environment"
+    )]
     NoProgram {
         program: &'static str,
         install: &'static str,
@@ -101,7 +103,10 @@ impl Interpreter {
     ) -> Result<Self, InterpreterError> {
         let runner = spec.runner;
         let program = runner.argv.first().copied().unwrap_or_default();
-        processes.may_start().await.map_err(InterpreterError::Refused)?;
+        processes
+            .may_start()
+            .await
+            .map_err(InterpreterError::Refused)?;
         let (ours, theirs) = StdUnixStream::pair()?;
         // Above the numbers that it and stdio get in the child.
         let theirs = fcntl_dupfd_cloexec(&theirs, 10).map_err(std::io::Error::from)?;
@@ -262,7 +267,9 @@ impl From<InterpreterError> for Status {
 fn process_spec(context: &ContextSpec) -> Result<Spec, InterpreterError> {
     let argv = context.runner.argv.iter();
     let spec = ProcessSpec {
-        argv: argv.map(|word| Bytes::from_static(word.as_bytes())).collect(),
+        argv: argv
+            .map(|word| Bytes::from_static(word.as_bytes()))
+            .collect(),
         env: context.env.clone(),
         cwd: context.cwd.clone(),
         user: context.user.clone(),

@@ -92,7 +92,10 @@ impl Contexts {
     }
 
     fn find(&self, id: &str) -> Option<Context> {
-        self.lock().iter().find(|context| &*context.id == id).cloned()
+        self.lock()
+            .iter()
+            .find(|context| &*context.id == id)
+            .cloned()
     }
 
     fn get(&self, id: &str) -> Result<Context, Status> {
@@ -123,7 +126,11 @@ impl Contexts {
     async fn make_in_turn(&self, id: String, spec: ContextSpec) -> Result<Context, Status> {
         if self.lock().len() >= MAX_CONTEXTS {
             let message = format!("there are {MAX_CONTEXTS} contexts: delete one first");
-            return Err(refused(Code::ResourceExhausted, "TOO_MANY_CONTEXTS", message));
+            return Err(refused(
+                Code::ResourceExhausted,
+                "TOO_MANY_CONTEXTS",
+                message,
+            ));
         }
         let context = Context::start(id, spec, &self.guest).await?;
         self.lock().push(context.clone());
@@ -153,7 +160,8 @@ impl Contexts {
                 };
                 let own = context.spec().runner.language;
                 if language.is_some_and(|language| language != own) {
-                    let problem = format!("must be the context's, {}, or absent", own.as_str_name());
+                    let problem =
+                        format!("must be the context's, {}, or absent", own.as_str_name());
                     return Err(Violations::of("language", &problem).into());
                 }
                 Ok(context)

@@ -106,8 +106,7 @@ impl TryFrom<RunCodeRequest> for RunSpec {
     fn try_from(request: RunCodeRequest) -> Result<Self, Violations> {
         let mut violations = Violations::default();
         let language = request.language();
-        let is_unknown =
-            request.language != 0 && language == Language::Unspecified;
+        let is_unknown = request.language != 0 && language == Language::Unspecified;
         let named = Runner::of(language);
         let target = match (named, request.context_id.is_empty()) {
             (Some(runner), true) => Some(Target::Default(runner)),
@@ -133,7 +132,11 @@ impl TryFrom<RunCodeRequest> for RunSpec {
             if bytes > MAX_LIMIT_BYTES {
                 violations.add(field, format!("must be at most {MAX_LIMIT_BYTES}"));
             }
-            if bytes == 0 { DEFAULT_LIMIT_BYTES } else { bytes }
+            if bytes == 0 {
+                DEFAULT_LIMIT_BYTES
+            } else {
+                bytes
+            }
         };
         let max_output_bytes = limit("max_output_bytes", request.max_output_bytes);
         let max_result_bytes = limit("max_result_bytes", request.max_result_bytes);
@@ -160,7 +163,11 @@ mod tests {
 
     fn fields(request: RunCodeRequest) -> Vec<String> {
         let violations = RunSpec::try_from(request).map(drop).unwrap_err();
-        violations.0.into_iter().map(|violation| violation.field).collect()
+        violations
+            .0
+            .into_iter()
+            .map(|violation| violation.field)
+            .collect()
     }
 
     #[test]
@@ -173,7 +180,13 @@ mod tests {
             max_result_bytes: u64::MAX,
             ..RunCodeRequest::default()
         };
-        let all = ["language", "timeout", "max_output_bytes", "max_result_bytes", "code"];
+        let all = [
+            "language",
+            "timeout",
+            "max_output_bytes",
+            "max_result_bytes",
+            "code",
+        ];
         assert_eq!(fields(request.clone()), all);
         let known = RunCodeRequest {
             context_id: "python".to_owned(),
@@ -191,19 +204,39 @@ mod tests {
         };
         let run = RunSpec::try_from(request).unwrap();
         assert!(matches!(run.target, Target::Default(runner) if runner.language == Language::Bash));
-        assert_eq!((run.timeout, run.max_output_bytes), (None, DEFAULT_LIMIT_BYTES));
+        assert_eq!(
+            (run.timeout, run.max_output_bytes),
+            (None, DEFAULT_LIMIT_BYTES)
+        );
     }
 
     #[test]
     fn every_wrong_field_of_a_context_is_named() {
         let request = CreateContextRequest {
             cwd: "relative\0".into(),
-            env: vec![EnvVar { name: "A=".into(), value: "\0".into() }],
+            env: vec![EnvVar {
+                name: "A=".into(),
+                value: "\0".into(),
+            }],
             user: "\0".to_owned(),
             ..CreateContextRequest::default()
         };
         let violations = ContextSpec::try_from(request).unwrap_err();
-        let named: Vec<_> = violations.0.into_iter().map(|violation| violation.field).collect();
-        assert_eq!(named, ["language", "env[0].name", "env[0].value", "cwd", "cwd", "user"]);
+        let named: Vec<_> = violations
+            .0
+            .into_iter()
+            .map(|violation| violation.field)
+            .collect();
+        assert_eq!(
+            named,
+            [
+                "language",
+                "env[0].name",
+                "env[0].value",
+                "cwd",
+                "cwd",
+                "user"
+            ]
+        );
     }
 }

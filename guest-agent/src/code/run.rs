@@ -39,6 +39,8 @@ pub(super) struct Run<'a> {
     dropped_bytes: u64,
     alarm: Alarm,
     timed_out: bool,
+    /// No more is read from the channel.
+    is_broken: bool,
 }
 
 /// What happens next when nothing else does.
@@ -82,6 +84,7 @@ impl<'a> Run<'a> {
             dropped_bytes: 0,
             alarm: spec.timeout.map_or(Alarm::None, |_| Alarm::TimeOut),
             timed_out: false,
+            is_broken: false,
         }
     }
 
@@ -154,7 +157,11 @@ impl<'a> Run<'a> {
             }
         };
         let finished = self.finished(end, started.elapsed());
-        let last = if stopping { Err(super::stopping()) } else { Ok(Event::Finished(finished)) };
+        let last = if stopping {
+            Err(super::stopping())
+        } else {
+            Ok(Event::Finished(finished))
+        };
         hand_over(responses, self.waiting, last);
         matches!(end, End::Finished(_))
     }
@@ -164,7 +171,7 @@ impl<'a> Run<'a> {
         Listen {
             // What would be dropped anyway waits for nobody.
             output: has_room || self.output_left == 0,
-            frames: has_room,
+            frames: has_room && !self.is_broken,
             limit: self.result_left,
         }
     }
@@ -173,16 +180,15 @@ impl<'a> Run<'a> {
         match heard {
             Heard::Output(event) => self.output(event),
             Heard::Frame(frame, length) => return self.frame(frame, length).map(End::Finished),
-            Heard::Broken(error) => {
-                self.broken(&error);
-                self.kill();
-            }
+            Heard::Broken(error) => self.broken(&error),
             // One that ends closes it just before.
             Heard::Closed if self.alarm != Alarm::GiveUp => self.alarm = Alarm::Kill,
             Heard::Closed => {}
             Heard::Exited(status) => {
                 // What it said before that.
-                while let Some((frame, length)) = self.interpreter.try_frame(self.result_left) {
+                while !self.is_broken
+                    && let Some((frame, length)) = self.interpreter.try_frame(self.result_left)
+                {
                     self.frame(frame, length);
                 }
                 self.drain();
@@ -200,15 +206,14 @@ impl<'a> Run<'a> {
             Frame::Result(result) => self.show(Event::Result(result)),
             Frame::Error(error) => self.show(Event::Error(error)),
             Frame::Finished(outcome) => return Some(outcome),
-            Frame::Ready => {
-                self.broken(&BrokenChannel::Malformed);
-                self.kill();
-            }
+            Frame::Ready => self.broken(&BrokenChannel::Malformed),
         }
         None
     }
 
     fn broken(&mut self, error: &BrokenChannel) {
+        self.is_broken = true;
+        self.kill();
         let value = format!(
             "the code wrote to descriptor 3, by which its interpreter talks to the sandbox \
              ({error}); the interpreter was ended"
@@ -233,7 +238,11 @@ impl<'a> Run<'a> {
             _ => return,
         };
         let length = bytes.len() as u64;
-        let fitting = if self.caller_is_gone { 0 } else { length.min(self.output_left) };
+        let fitting = if self.caller_is_gone {
+            0
+        } else {
+            length.min(self.output_left)
+        };
         self.output_left -= fitting;
         self.dropped_bytes += length - fitting;
         if fitting > 0 {

@@ -24,7 +24,7 @@
     const { pathToFileURL } = require('url');
 
     const isTypeScript = process.argv[1] === 'typescript';
-    const state = { runs: false, resultLeft: 0, interrupt: null };
+    const state = { runs: false, resultLeft: 0, interrupt: null, cell: { filename: '', lines: 0 } };
 
     // --- Frames, as protobuf encodes them ---
 
@@ -182,10 +182,11 @@
 
     // The piece with what it declares made lasting: `source` runs as a script, and
     // where it is `async` its value is a promise of an array with the value. Lines stay
-    // where they were, for the sake of errors.
+    // where they were, for the sake of errors, and the first begins with `head`
+    // characters that nobody wrote.
     function transform(code) {
         const tree = parse(code);
-        if (tree === null) return { source: code, isAsync: false };
+        if (tree === null) return { source: code, head: 0, hasValue: true, isAsync: false };
         const found = { awaits: false, vars: [] };
         visit(tree, found);
         const body = tree.body.map((node) => (node.type.startsWith('Export') ? node.declaration ?? node : node));
@@ -203,8 +204,8 @@
                     edit(node.start, node.start + node.kind.length, 'var'.padEnd(node.kind.length));
                 }
             } else if (node.type === 'ClassDeclaration' && node.id) {
-                names.push(node.id.name);
-                edit(node.start, node.start, `${node.id.name} = `);
+                if (isAsync) names.push(node.id.name);
+                edit(node.start, node.start, `${isAsync ? '' : 'var '}${node.id.name} = `);
                 edit(node.end, node.end, ';');
             } else if (node.type === 'ImportDeclaration') {
                 for (const { local } of node.specifiers) names.push(local.name);
@@ -258,17 +259,18 @@
         const variables = names.length ? `var ${[...new Set(names)].join(', ')}; ` : '';
         if (isAsync) {
             const hoisted = functions.map((name) => `globalThis.${name} = ${name}; `).join('');
-            return { source: `${variables}(async () => { ${hoisted}${source}\n})()`, isAsync };
+            const head = `${variables}(async () => { ${hoisted}`;
+            return { source: `${head}${source}\n})()`, head: head.length, isAsync };
         }
         // An object, as at a prompt, rather than a block with a label.
         if (tree.body.length === 1 && tree.body[0].type === 'BlockStatement') {
             const object = `(${code.trim().replace(/;$/, '')}\n)`;
-            if (parse(object)) return { source: object, isAsync };
+            if (parse(object)) return { source: object, head: 1, hasValue: true, isAsync };
         }
-        return { source: variables + source, isAsync };
+        return { source, head: 0, hasValue: last?.type === 'ExpressionStatement', isAsync };
     }
 
-    // As from a file in the working directory.
+    // As from a file in the working directory, for a Node that cannot do that itself.
     async function importHere(specifier) {
         if (/^\.{0,2}\//.test(specifier)) return import(pathToFileURL(path.resolve(specifier)).href);
         if (Module.isBuiltin?.(specifier) || /^[a-z]+:/.test(specifier)) return import(specifier);
@@ -282,31 +284,36 @@
         }
     }
 
-    function compile(source, filename) {
-        return new vm.Script(source, { filename, importModuleDynamically: importHere });
+    const importModuleDynamically = vm.constants?.USE_MAIN_CONTEXT_DEFAULT_LOADER ?? importHere;
+
+    function compile(source, filename, head = 0) {
+        return new vm.Script(source, { filename, columnOffset: -head, importModuleDynamically });
     }
 
     async function execute(code, filename) {
         if (isTypeScript) code = stripTypes(code, filename);
-        let { source, isAsync } = transform(code);
+        const { source, head, hasValue, isAsync } = transform(code);
         let script;
         try {
-            script = compile(source, filename);
+            script = compile(source, filename, head);
         } catch (error) {
             // The error of what was written is the better one, if that has one.
             compile(code, filename);
             throw error;
         }
-        let value = script.runInThisContext({ breakOnSigint: true });
-        if (isAsync) {
-            const interrupted = new Promise((_, reject) => {
-                state.interrupt = () => reject(new Interrupted());
-            });
-            value = (await Promise.race([value, interrupted]))?.[0];
-        }
-        // Code at the end of which there is a declaration has the value of what was
-        // before it.
+        state.cell = { filename, lines: code.split('\n').length };
+        let value = script.runInThisContext({ breakOnSigint: true, displayErrors: false });
+        if (isAsync) value = (await orInterrupt(value))?.[0];
+        else if (!hasValue) return;
+        // What `main()` promises is worth waiting for, and what it prints meanwhile.
+        if (value instanceof Promise) value = await orInterrupt(value);
         await showValue(value);
+    }
+
+    function orInterrupt(promise) {
+        return Promise.race([promise, new Promise((_, reject) => {
+            state.interrupt = () => reject(new Interrupted());
+        })]);
     }
 
     class Interrupted extends Error {
@@ -321,8 +328,16 @@
     // Without the frames of this runner and of what it runs in.
     function traceback(error) {
         const lines = String(error.stack ?? error).split('\n');
-        const own = lines.findIndex((line) => /^ {4}at /.test(line) && (line.includes(OWN) || line.includes('node:vm')));
-        return own < 0 ? lines : lines.slice(0, own);
+        const { filename, lines: length } = state.cell;
+        const own = lines.findIndex((line) => {
+            if (!/^ {4}at /.test(line)) return false;
+            // Behind the last line, the function that a piece with `await` is made.
+            const [, at] = line.split(`${filename}:`);
+            return line.includes(OWN) || line.includes('node:vm') || parseInt(at) > length;
+        });
+        if (own >= 0) lines.length = own;
+        while (/^ {4}at .*[( ]node:internal/.test(lines[lines.length - 1])) lines.pop();
+        return lines;
     }
 
     function errorMessage(error) {
@@ -445,6 +460,13 @@
         // Code that fails while nothing runs must not end what is kept here.
         process.on('uncaughtException', say);
         process.on('unhandledRejection', say);
+        // That the loader of modules is an experiment is not for who writes the code.
+        const warn = process.listeners('warning');
+        process.removeAllListeners('warning');
+        process.on('warning', (warning) => {
+            if (warning.message.includes('USE_MAIN_CONTEXT_DEFAULT_LOADER')) return;
+            for (const listener of warn) listener.call(process, warning);
+        });
         process.on('SIGINT', () => state.interrupt?.());
     }
 
