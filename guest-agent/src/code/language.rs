@@ -23,7 +23,8 @@ const PYTHON_BOOT: &str = "import io;c=io.open(3,'rb',closefd=False);\
 const NODE_BOOT: &str = "{const f=require('fs'),b=Buffer.alloc(1);let n='';\
     while(f.readSync(3,b)&&b[0]!==10)n+=b;\
     const s=Buffer.alloc(+n);for(let i=0;i<s.length;)i+=f.readSync(3,s,i,s.length-i);\
-    require('vm').runInThisContext(s.toString(),{filename:'soulbox-runner'})(require)}";
+    require('vm').runInThisContext(s.toString(),{filename:'soulbox-runner'})\
+    (require,(s,o)=>o?import(s,o):import(s))}";
 const BASH_BOOT: &str = "IFS= read -r -d '' -u 3 __soulbox; eval \"$__soulbox\"";
 
 const RUNNERS: [Runner; 4] = [

@@ -247,6 +247,8 @@ impl CodeService for Contexts {
         let context = self.target(&spec.target).await?;
         let (responses, stream) = mpsc::channel(RESPONSES);
         context.run(spec, responses)?;
+        // When its turn comes at once, `started` goes out with the headers.
+        tokio::task::yield_now().await;
         Ok(Response::new(ReceiverStream::new(stream)))
     }
 }

@@ -6,7 +6,7 @@
 // there, and they become variables. With `await` at the top level a piece becomes the
 // body of an async function, and what it declares is still outside of it.
 'use strict';
-(require) => {
+(require, load) => {
     const CHANNEL = 3;
     const HEADER_BYTES = 24;
     const RESEED = 1;
@@ -15,6 +15,7 @@
     // What a form of a result costs beside its bytes, and a result beside its forms.
     const FORM_BYTES = 16, RESULT_BYTES = 64, MAX_FORMS = 32;
     const OWN = 'soulbox-runner';
+    const IMPORT = '__soulbox_import';
 
     const fs = require('fs');
     const path = require('path');
@@ -24,7 +25,7 @@
     const { pathToFileURL } = require('url');
 
     const isTypeScript = process.argv[1] === 'typescript';
-    const state = { runs: false, resultLeft: 0, interrupt: null, cell: { filename: '', lines: 0 } };
+    const state = { runs: false, resultLeft: 0, held: Buffer.alloc(0), interrupt: null, cell: { filename: '', lines: 0 } };
 
     // --- Frames, as protobuf encodes them ---
 
@@ -41,12 +42,25 @@
         return Buffer.concat([varint(number * 8 + 2), varint(value.length), value]);
     }
 
-    function send(message) {
+    // Together with those that were held back.
+    function send(message, hold = false) {
         const length = Buffer.alloc(4);
         length.writeUInt32LE(message.length);
-        const frame = Buffer.concat([length, message]);
-        for (let at = 0; at < frame.length;) at += fs.writeSync(CHANNEL, frame, at);
+        const frames = Buffer.concat([state.held, length, message]);
+        state.held = hold ? frames : Buffer.alloc(0);
+        if (hold) return;
+        for (let at = 0; at < frames.length;) {
+            try {
+                at += fs.writeSync(CHANNEL, frames, at);
+            } catch (error) {
+                // Until there is room: Node makes the channel non-blocking.
+                if (error.code !== 'EAGAIN') throw error;
+                Atomics.wait(PAUSE, 0, 0, 1);
+            }
+        }
     }
+
+    const PAUSE = new Int32Array(new SharedArrayBuffer(4));
 
     const finished = (outcome) => Buffer.from([0x32, 2, 8, outcome]);
 
@@ -74,7 +88,8 @@
             parts.push(field(4, mime));
         }
         state.resultLeft = left;
-        send(field(4, Buffer.concat(parts)));
+        // The value with what comes next: that is the end, and one wake-up less.
+        send(field(4, Buffer.concat(parts)), main);
         return true;
     }
 
@@ -152,21 +167,27 @@
         return names;
     }
 
-    // Visits all that is not within a function of its own.
-    function visit(node, found) {
+    // Finds every `import()`, and what is at the top level: within no function.
+    function visit(node, found, isTop = true) {
         if (!node || typeof node.type !== 'string') return;
-        if (/Function|^MethodDefinition$|^PropertyDefinition$|^StaticBlock$/.test(node.type)) return;
-        if (node.type === 'AwaitExpression' || (node.type === 'ForOfStatement' && node.await)) found.awaits = true;
-        if (node.type === 'VariableDeclaration' && node.kind === 'var') found.vars.push(node);
+        if (node.type === 'ImportExpression') found.imports.push(node);
+        if (/Function|^MethodDefinition$|^PropertyDefinition$|^StaticBlock$/.test(node.type)) isTop = false;
+        if (isTop) {
+            if (node.type === 'AwaitExpression' || (node.type === 'ForOfStatement' && node.await)) found.awaits = true;
+            if (node.type === 'VariableDeclaration' && node.kind === 'var') found.vars.push(node);
+            if (node.type === 'ForInStatement' || node.type === 'ForOfStatement') found.heads.add(node.left);
+        }
         for (const key in node) {
             const child = node[key];
-            if (Array.isArray(child)) for (const one of child) visit(one, found);
-            else if (child && typeof child === 'object') visit(child, found);
+            if (Array.isArray(child)) for (const one of child) visit(one, found, isTop);
+            else if (child && typeof child === 'object') visit(child, found, isTop);
         }
     }
 
     function importOf(node) {
-        const from = `await import(${node.source.raw})`;
+        const attributes = (node.attributes ?? []).map(({ key, value }) => `${key.raw ?? key.name}: ${value.raw}`);
+        const options = attributes.length ? `, { with: { ${attributes.join(', ')} } }` : '';
+        const from = `await ${IMPORT}(${node.source.raw}${options})`;
         const parts = [];
         let rest = null;
         for (const { type, imported, local } of node.specifiers) {
@@ -187,7 +208,7 @@
     function transform(code) {
         const tree = parse(code);
         if (tree === null) return { source: code, head: 0, hasValue: true, isAsync: false };
-        const found = { awaits: false, vars: [] };
+        const found = { awaits: false, vars: [], imports: [], heads: new Set() };
         visit(tree, found);
         const body = tree.body.map((node) => (node.type.startsWith('Export') ? node.declaration ?? node : node));
         const isAsync = found.awaits || body.some((node) => node.type === 'ImportDeclaration');
@@ -219,22 +240,14 @@
         if (isAsync) {
             const declared = new Set(found.vars);
             for (const node of body) if (node.type === 'VariableDeclaration') declared.add(node);
-            const loops = new Set();
-            (function heads(node) {
-                if (!node || typeof node.type !== 'string') return;
-                if (node.type === 'ForInStatement' || node.type === 'ForOfStatement') loops.add(node.left);
-                for (const key in node) {
-                    const child = node[key];
-                    if (Array.isArray(child)) child.forEach(heads);
-                    else if (child && typeof child === 'object') heads(child);
-                }
-            })(tree);
             for (const node of declared) {
                 for (const { id } of node.declarations) namesIn(id, names);
                 // `let a, b = 1` becomes `(a = undefined, b = 1)`; before `in` and `of`
                 // only the name stays.
-                const inLoop = loops.has(node);
-                edit(node.start, node.declarations[0].start, inLoop ? '' : ';('.slice(found.vars.includes(node) && !body.includes(node) ? 1 : 0));
+                const inLoop = found.heads.has(node);
+                // A parenthesis at the start of a line would call what stands before it.
+                const open = body.includes(node) ? ';(' : '(';
+                edit(node.start, node.declarations[0].start, inLoop ? '' : open);
                 for (const { id, init, end } of node.declarations) {
                     if (!init && !inLoop && node.kind !== 'var') edit(end, end, ' = undefined');
                 }
@@ -244,6 +257,7 @@
                 }
             }
         }
+        for (const { start } of found.imports) edit(start, start + 'import'.length, IMPORT);
         const last = body[body.length - 1];
         if (isAsync && last?.type === 'ExpressionStatement') {
             edit(last.start, last.start, 'return [(');
@@ -270,28 +284,29 @@
         return { source, head: 0, hasValue: last?.type === 'ExpressionStatement', isAsync };
     }
 
-    // As from a file in the working directory, for a Node that cannot do that itself.
-    async function importHere(specifier) {
-        if (/^\.{0,2}\//.test(specifier)) return import(pathToFileURL(path.resolve(specifier)).href);
-        if (Module.isBuiltin?.(specifier) || /^[a-z]+:/.test(specifier)) return import(specifier);
-        const from = createRequire(path.join(process.cwd(), 'here.js'));
+    // As from a file in the working directory. What the engine does for `import()` in
+    // a script depends on its version; so scripts call this instead.
+    async function importHere(specifier, options) {
+        specifier = String(specifier);
+        if (/^\.{0,2}\//.test(specifier)) return load(pathToFileURL(path.resolve(specifier)).href, options);
+        if (Module.builtinModules.includes(specifier) || /^[a-z]+:/.test(specifier)) return load(specifier, options);
+        let file;
         try {
-            return await import(pathToFileURL(from.resolve(specifier)).href);
+            file = createRequire(path.join(process.cwd(), 'here.js')).resolve(specifier);
         } catch (error) {
             // A package for `import` only has no file for `require`.
-            if (error.code !== 'ERR_PACKAGE_PATH_NOT_EXPORTED') throw error;
-            return import(specifier);
+            if (error.code === 'ERR_PACKAGE_PATH_NOT_EXPORTED') return load(specifier, options);
+            throw error;
         }
+        return load(pathToFileURL(file).href, options);
     }
 
-    const importModuleDynamically = vm.constants?.USE_MAIN_CONTEXT_DEFAULT_LOADER ?? importHere;
-
     function compile(source, filename, head = 0) {
-        return new vm.Script(source, { filename, columnOffset: -head, importModuleDynamically });
+        return new vm.Script(source, { filename, columnOffset: -head });
     }
 
     async function execute(code, filename) {
-        if (isTypeScript) code = stripTypes(code, filename);
+        if (isTypeScript) code = strip(code, filename);
         const { source, head, hasValue, isAsync } = transform(code);
         let script;
         try {
@@ -384,6 +399,15 @@
 
     let stripTypes;
 
+    function strip(code, filename) {
+        try {
+            return stripTypes(code, filename);
+        } catch (error) {
+            const message = String(error.message).replace(`Error transforming ${filename}: `, '');
+            throw Object.assign(new SyntaxError(message), { stack: `${filename}\nSyntaxError: ${message}` });
+        }
+    }
+
     // Sucrase, or what Node has itself (22.13 and later).
     function findTypeScript() {
         const places = [
@@ -454,19 +478,13 @@
         globalThis.exports = globalThis.module.exports;
         globalThis.display = display;
         globalThis._ = undefined;
+        Object.defineProperty(globalThis, IMPORT, { value: importHere });
         Object.defineProperty(Math, 'random', { value: random, writable: true, configurable: true });
         process.execArgv = [];
         process.argv = [process.argv[0]];
         // Code that fails while nothing runs must not end what is kept here.
         process.on('uncaughtException', say);
         process.on('unhandledRejection', say);
-        // That the loader of modules is an experiment is not for who writes the code.
-        const warn = process.listeners('warning');
-        process.removeAllListeners('warning');
-        process.on('warning', (warning) => {
-            if (warning.message.includes('USE_MAIN_CONTEXT_DEFAULT_LOADER')) return;
-            for (const listener of warn) listener.call(process, warning);
-        });
         process.on('SIGINT', () => state.interrupt?.());
     }
 

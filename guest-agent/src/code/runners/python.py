@@ -70,9 +70,12 @@ def field(number, value):
     return b''.join((varint(number << 3 | 2), varint(len(value)), value))
 
 
-def send(message):
-    frame = struct.pack('<I', len(message)) + message
-    view = memoryview(frame)
+def frame(message):
+    return struct.pack('<I', len(message)) + message
+
+
+def send(frames):
+    view = memoryview(frames)
     while view:
         view = view[os.write(CHANNEL, view):]
 
@@ -91,6 +94,8 @@ class State:
     writes = False
     interrupted = False
     result_left = 0
+    # Frames that are to be sent with the next.
+    held = b''
     number = 0
     loop = None
 
@@ -99,7 +104,7 @@ lock = _thread.allocate_lock()
 main_thread = _thread.get_ident()
 
 
-def interrupt(signum, frame):
+def interrupt(signal, stack):
     if State.writes:
         State.interrupted = True
     elif State.runs:
@@ -140,7 +145,13 @@ def show(main_value, data, chart=None):
         if is_main_thread:
             State.writes = True
         try:
-            send(field(4, b''.join(parts)))
+            shown = State.held + frame(field(4, b''.join(parts)))
+            State.held = b''
+            if main_value:
+                # With what comes next: mostly that is the end, and one wake-up less.
+                State.held = shown
+            else:
+                send(shown)
         finally:
             if is_main_thread:
                 State.writes = False
@@ -276,9 +287,10 @@ def run(code):
     with lock:
         State.runs = False
         State.interrupted = False
+        last, State.held = State.held, b''
         if error:
-            send(error)
-        send(finished(outcome))
+            last += frame(error)
+        send(last + frame(finished(outcome)))
     State.writes = False
 
 
@@ -361,7 +373,7 @@ def serve():
         del Imports.after['linecache']
     sys.meta_path.insert(0, Imports())
     _signal.signal(_signal.SIGINT, interrupt)
-    send(b'')
+    send(frame(b''))
     while True:
         header = channel.read(HEADER.size)
         if len(header) < HEADER.size:

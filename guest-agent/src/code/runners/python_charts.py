@@ -24,11 +24,14 @@ def record_boxes():
 
     draw = Axes.bxp
 
-    def bxp(self, bxpstats, *arguments, **options):
+    def bxp(self, bxpstats, positions=None, *arguments, **options):
         bxpstats = list(bxpstats)
-        getattr(self, BOXES, None) or setattr(self, BOXES, [])
-        getattr(self, BOXES).extend(bxpstats)
-        return draw(self, bxpstats, *arguments, **options)
+        at = range(1, len(bxpstats) + 1) if positions is None else positions
+        is_upright = options.get('orientation', 'vertical') == 'vertical'
+        is_upright = is_upright and options.get('vert') in (None, True)
+        boxes = self.__dict__.setdefault(BOXES, [])
+        boxes.extend((stats, place, is_upright) for stats, place in zip(bxpstats, at))
+        return draw(self, bxpstats, positions, *arguments, **options)
 
     Axes.bxp = bxp
 
@@ -78,7 +81,7 @@ def series_of(axes, x, points):
         return PIE, [pie(wedges, axes, points)]
     boxes = getattr(axes, BOXES, None)
     if boxes:
-        return BOX, [box(stats, points) for stats in boxes]
+        return BOX, [box(axes, *one, points) for one in boxes]
     bars = [one for one in axes.containers if isinstance(one, BarContainer)]
     if bars:
         return BAR, [bar(one, axes, points) for one in bars]
@@ -128,7 +131,7 @@ def bar(container, axes, points):
     return b''.join(parts)
 
 
-def box(stats, points):
+def box(axes, stats, at, is_upright, points):
     points.count()
     parts = [
         number_field(number, stats[key])
@@ -137,7 +140,8 @@ def box(stats, points):
     fliers = [float(flier) for flier in stats.get('fliers', ())]
     points.count(len(fliers))
     parts.append(field(6, struct.pack('<%dd' % len(fliers), *fliers)))
-    return field(1, str(stats.get('label', ''))) + field(3, b''.join(parts))
+    names = Names(axes.xaxis if is_upright else axes.yaxis)
+    return field(1, names.of(float(at))) + field(3, b''.join(parts))
 
 
 def name(label):

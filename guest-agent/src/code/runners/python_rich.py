@@ -138,11 +138,15 @@ def show_figure(figure, main=False):
 def show_figures():
     """Those that are open, and closes them."""
     pyplot = sys.modules['matplotlib.pyplot']
-    for number in getattr(pyplot, 'get_fignums', list)():
-        figure = pyplot.figure(number)
-        if figure.get_axes():
-            show_figure(figure)
-    if hasattr(pyplot, 'close'):
+    if not hasattr(pyplot, 'close'):
+        # Its import failed half-way.
+        return
+    try:
+        for number in pyplot.get_fignums():
+            figure = pyplot.figure(number)
+            if figure.get_axes():
+                show_figure(figure)
+    finally:
         pyplot.close('all')
 
 
