@@ -829,6 +829,16 @@ async fn a_caller_that_does_not_read_holds_its_code_back_and_nobody_else() {
     let lazy = code.start(request).await;
     // Others go on, and the agent does not fill up.
     assert_eq!(code.run_in(Language::Bash, "echo hi").await.out(), "hi\n");
+    // It stands in write(2) on its stdout.
+    let call = format!("/proc/{}/syscall", code.list().await[0].pid);
+    let stands = || std::fs::read_to_string(&call).is_ok_and(|call| call.starts_with("1 0x1 "));
+    until(|| {
+        (0..10).all(|_| {
+            std::thread::sleep(Duration::from_millis(5));
+            stands()
+        })
+    })
+    .await;
     assert!(code.interrupt("python").await.unwrap());
     // What was not taken waits for it; the context does not.
     assert_eq!(code.python("'next'").await.value(), "'next'");

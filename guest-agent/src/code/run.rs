@@ -24,6 +24,10 @@ pub(super) type Responses = mpsc::Sender<Result<RunCodeResponse, Status>>;
 /// interpreter to end after it has closed its channel or was killed.
 const GRACE: Duration = Duration::from_secs(2);
 
+/// Of what code says once it was interrupted, the most that waits for a caller who
+/// does not read, in pieces of 64 KiB.
+const MAX_HURRIED: usize = 16;
+
 /// A run that is going on.
 pub(super) struct Run<'a> {
     interpreter: &'a mut Interpreter,
@@ -39,6 +43,9 @@ pub(super) struct Run<'a> {
     dropped_bytes: u64,
     alarm: Alarm,
     timed_out: bool,
+    /// It was interrupted: what it says from now on waits for no caller, or one who
+    /// does not read would keep it from ending.
+    hurries: bool,
     /// No more is read from the channel.
     is_broken: bool,
 }
@@ -84,6 +91,7 @@ impl<'a> Run<'a> {
             dropped_bytes: 0,
             alarm: spec.timeout.map_or(Alarm::None, |_| Alarm::TimeOut),
             timed_out: false,
+            hurries: false,
             is_broken: false,
         }
     }
@@ -131,7 +139,7 @@ impl<'a> Run<'a> {
                     Alarm::None => {}
                     Alarm::TimeOut => {
                         self.timed_out = true;
-                        self.interpreter.interrupt();
+                        self.interrupt();
                         self.alarm = Alarm::Kill;
                     }
                     Alarm::Kill => self.kill(),
@@ -139,7 +147,7 @@ impl<'a> Run<'a> {
                 },
                 Some(order) = orders.recv() => match order {
                     Order::Interrupt(reply) => {
-                        self.interpreter.interrupt();
+                        self.interrupt();
                         let _ = reply.send(true);
                     }
                     order => {
@@ -167,7 +175,7 @@ impl<'a> Run<'a> {
     }
 
     fn listen(&self) -> Listen {
-        let has_room = self.waiting.is_empty();
+        let has_room = self.waiting.is_empty() || self.hurries;
         Listen {
             // What would be dropped anyway waits for nobody.
             output: has_room || self.output_left == 0,
@@ -238,7 +246,8 @@ impl<'a> Run<'a> {
             _ => return,
         };
         let length = bytes.len() as u64;
-        let fitting = if self.caller_is_gone {
+        let is_full = self.hurries && self.waiting.len() >= MAX_HURRIED;
+        let fitting = if self.caller_is_gone || is_full {
             0
         } else {
             length.min(self.output_left)
@@ -263,8 +272,13 @@ impl<'a> Run<'a> {
         self.caller_is_gone = true;
         self.waiting.clear();
         if self.spec.interrupt_on_disconnect {
-            self.interpreter.interrupt();
+            self.interrupt();
         }
+    }
+
+    fn interrupt(&mut self) {
+        self.interpreter.interrupt();
+        self.hurries = true;
     }
 
     fn kill(&mut self) {
