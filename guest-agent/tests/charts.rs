@@ -5,6 +5,9 @@
 //! `python3 -m venv V && V/bin/pip install matplotlib pandas`, and run them with
 //! `PATH=V/bin:$PATH`.
 
+// Clippy knows no tests outside `#[test]`.
+#![allow(clippy::unwrap_used)]
+
 mod common;
 mod interpreters;
 

@@ -301,7 +301,7 @@ impl Keeper {
         self.kept.tell(&mut run);
         let mut orders = Vec::new();
         let lives = run
-            .to_end(&mut self.orders, &mut orders, &mut self.stop)
+            .run(&mut self.orders, &mut orders, &mut self.stop)
             .await;
         if !lives && orders.is_empty() {
             self.lose_interpreter().await;

@@ -110,7 +110,7 @@ impl<'a> Run<'a> {
 
     /// Runs to the end of the code, or of its interpreter: then it returns false.
     /// Orders that are not for the run itself end it, and are put into `orders_after`.
-    pub(super) async fn to_end(
+    pub(super) async fn run(
         mut self,
         orders: &mut mpsc::UnboundedReceiver<Order>,
         orders_after: &mut Vec<Order>,
