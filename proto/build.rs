@@ -4,9 +4,11 @@ use std::path::PathBuf;
 
 use prost::Message as _;
 
-const FILES: [&str; 3] = [
+const FILES: [&str; 5] = [
     "soulbox/vmm/v1/control.proto",
     "soulbox/guest/v1/guest.proto",
+    "soulbox/guest/v1/filesystem.proto",
+    "soulbox/guest/v1/code.proto",
     "soulbox/host/v1/host.proto",
 ];
 

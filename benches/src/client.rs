@@ -190,7 +190,7 @@ impl Client {
                         ),
                     };
                 }
-                Some(Event::Started(_)) | None => {}
+                Some(Event::Started(_) | Event::Dropped(_)) | None => {}
             }
         }
         bail!("the exec of {argv:?} ended without an exit")

@@ -15,6 +15,7 @@ use tokio::sync::watch;
 use tokio_stream::wrappers::UnixListenerStream;
 use tokio_vsock::{VMADDR_CID_ANY, VsockAddr, VsockListener};
 
+use crate::code::Contexts;
 use crate::exec::{Cgroups, Processes};
 use crate::options::Options;
 use crate::ports::Ports;
@@ -65,9 +66,15 @@ async fn serve(options: &Options, started_us: u64) -> anyhow::Result<()> {
 
     let (stop, stopped) = watch::channel(false);
     let processes = Processes::new(reaper, cgroups(options), stopped.clone());
-    let system = System::new(processes.clone(), stop.clone(), options.is_init);
+    let code = Contexts::new(processes.clone(), stopped.clone());
+    let system = System::new(
+        processes.clone(),
+        code.clone(),
+        stop.clone(),
+        options.is_init,
+    );
     let ports = Ports::new(stopped.clone());
-    let services = Services::new(processes.clone(), system, ports);
+    let services = Services::new(processes.clone(), system, ports, code);
 
     let stopping = async {
         wait_for_stop(&stop, options.is_init).await?;

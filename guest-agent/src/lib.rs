@@ -12,6 +12,7 @@
 #![deny(unsafe_code)]
 
 mod agent;
+mod code;
 mod exec;
 mod init;
 pub mod options;

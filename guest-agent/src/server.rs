@@ -4,6 +4,7 @@ use std::convert::Infallible;
 use std::task::{Context, Poll};
 
 use soulbox_proto::guest::MAX_REQUEST_BYTES;
+use soulbox_proto::guest::v1::code_service_server::{CodeServiceServer, SERVICE_NAME as CODE};
 use soulbox_proto::guest::v1::port_service_server::{PortServiceServer, SERVICE_NAME as PORT};
 use soulbox_proto::guest::v1::process_service_server::{
     ProcessServiceServer, SERVICE_NAME as PROCESS,
@@ -18,6 +19,7 @@ use tonic::body::Body;
 use tonic::codegen::{BoxFuture, Service};
 use tonic::transport::server::{Connected, Server};
 
+use crate::code::Contexts;
 use crate::exec::Processes;
 use crate::ports::Ports;
 use crate::system::System;
@@ -34,17 +36,20 @@ pub(crate) struct Services {
     process: ProcessServiceServer<Processes>,
     system: SystemServiceServer<System>,
     ports: PortServiceServer<Ports>,
+    code: CodeServiceServer<Contexts>,
 }
 
 // === impl Services ===
 
 impl Services {
-    pub(crate) fn new(processes: Processes, system: System, ports: Ports) -> Self {
+    pub(crate) fn new(processes: Processes, system: System, ports: Ports, code: Contexts) -> Self {
         let process = ProcessServiceServer::new(processes);
+        let code = CodeServiceServer::new(code);
         Self {
             process: process.max_decoding_message_size(MAX_REQUEST_BYTES),
             system: SystemServiceServer::new(system),
             ports: PortServiceServer::new(ports),
+            code: code.max_decoding_message_size(MAX_REQUEST_BYTES),
         }
     }
 
@@ -85,6 +90,7 @@ impl Service<http::Request<Body>> for Services {
             Some(PROCESS) => self.process.call(request),
             Some(SYSTEM) => self.system.call(request),
             Some(PORT) => self.ports.call(request),
+            Some(CODE) => self.code.call(request),
             _ => Box::pin(async {
                 let status =
                     Status::unimplemented("this agent has no such service: use one of its age");
@@ -128,11 +134,12 @@ mod tests {
     async fn a_spare_connection_waits_for_ever() {
         let (stop, stopped) = watch::channel(false);
         let processes = Processes::new(Reaper::default(), None, stopped.clone());
-        let system = System::new(processes.clone(), stop, false);
+        let code = Contexts::new(processes.clone(), stopped.clone());
+        let system = System::new(processes.clone(), code.clone(), stop, false);
         let (mut spare, accepted) = UnixStream::pair().unwrap();
         let connections =
             tokio_stream::once(Ok::<_, std::io::Error>(accepted)).chain(tokio_stream::pending());
-        let services = Services::new(processes, system, Ports::new(stopped));
+        let services = Services::new(processes, system, Ports::new(stopped), code);
         tokio::spawn(services.serve(connections, std::future::pending()));
 
         // Sent before anything is asked: the restored host's end must get it.

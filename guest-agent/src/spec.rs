@@ -277,6 +277,7 @@ mod tests {
                     ..ResourceLimits::default()
                 }),
                 stdin,
+                ..ProcessSpec::default()
             }
         }
     }

@@ -12,6 +12,7 @@ mod program;
 mod session;
 
 use std::io;
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
@@ -22,8 +23,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Code, Request, Response, Status, Streaming};
 
 pub(crate) use self::cgroup::Cgroups;
-use self::process::Process;
-pub(crate) use self::process::StartError;
+pub(crate) use self::process::{Process, StartError};
 use self::session::Session;
 use crate::reaper::Reaper;
 use crate::spec::{Spec, Violations};
@@ -109,7 +109,7 @@ impl Processes {
     }
 
     /// Waits until programs may be started.
-    async fn may_start(&self) -> Result<(), Status> {
+    pub(crate) async fn may_start(&self) -> Result<(), Status> {
         let (mut suspended, mut stop) = (self.suspended.subscribe(), self.stop.clone());
         let stopping = "the guest is turning off: run it in another";
         tokio::select! {
@@ -120,6 +120,15 @@ impl Processes {
                 Err(refused(Code::Unavailable, "STOPPING", stopping))
             }
         }
+    }
+
+    /// Starts a program for another service of the agent, with `channel` as its
+    /// descriptor 3. Not before [`Self::may_start`].
+    pub(crate) async fn start(&self, spec: Spec, channel: OwnedFd) -> Result<Process, StartError> {
+        let (reaper, cgroups) = (self.reaper.clone(), self.cgroups.clone());
+        let start = move || Process::start(spec, Some(channel), reaper, cgroups);
+        let started = tokio::task::spawn_blocking(start).await;
+        started.unwrap_or_else(|error| Err(StartError::Pipes(error.into())))
     }
 
     pub(crate) fn running(&self) -> u32 {
@@ -151,7 +160,7 @@ impl ProcessService for Processes {
         // and a filesystem that a stuck program serves may make that long. If the
         // call ends meanwhile, the process is dropped with the result, and dies.
         let (reaper, cgroups) = (self.reaper.clone(), self.cgroups.clone());
-        let start = move || Process::start(spec, reaper, cgroups);
+        let start = move || Process::start(spec, None, reaper, cgroups);
         let process = tokio::task::spawn_blocking(start)
             .await
             .map_err(|error| internal(format!("the start did not finish: {error}")))??;
@@ -164,6 +173,29 @@ impl ProcessService for Processes {
             drop(running);
         });
         Ok(Response::new(ReceiverStream::new(stream)))
+    }
+
+    type AttachStream = ReceiverStream<Result<ExecResponse, Status>>;
+
+    async fn attach(
+        &self,
+        _: Request<Streaming<soulbox_proto::guest::v1::AttachRequest>>,
+    ) -> Result<Response<Self::AttachStream>, Status> {
+        Err(Status::unimplemented(""))
+    }
+
+    async fn list_processes(
+        &self,
+        _: Request<soulbox_proto::guest::v1::ListProcessesRequest>,
+    ) -> Result<Response<soulbox_proto::guest::v1::ListProcessesResponse>, Status> {
+        Err(Status::unimplemented(""))
+    }
+
+    async fn signal_process(
+        &self,
+        _: Request<soulbox_proto::guest::v1::SignalProcessRequest>,
+    ) -> Result<Response<soulbox_proto::guest::v1::SignalProcessResponse>, Status> {
+        Err(Status::unimplemented(""))
     }
 }
 

@@ -56,9 +56,10 @@ pub(crate) enum StartError {
 // === impl Process ===
 
 impl Process {
-    /// Starts the program. Blocks: see [`spawn`].
+    /// Starts the program, with `channel` as its descriptor 3. Blocks: see [`spawn`].
     pub(crate) fn start(
         spec: Spec,
+        channel: Option<OwnedFd>,
         reaper: Reaper,
         cgroups: Option<Arc<Cgroups>>,
     ) -> Result<Self, StartError> {
@@ -79,6 +80,7 @@ impl Process {
             groups: &identity.groups,
             limits: &spec.limits,
             stdio: theirs.each_ref().map(OwnedFd::as_fd),
+            channel: channel.as_ref().map(OwnedFd::as_fd),
             cgroup: cgroup.as_ref().map(Cgroup::folder),
         };
         let started = Instant::now();

@@ -37,6 +37,8 @@ pub(crate) struct Command<'a> {
     pub(crate) limits: &'a [(libc::__rlimit_resource_t, libc::rlimit)],
     /// stdin, stdout and stderr; each above 2.
     pub(crate) stdio: [BorrowedFd<'a>; 3],
+    /// Descriptor 3, where the program has one; above 3.
+    pub(crate) channel: Option<BorrowedFd<'a>>,
     /// The cgroup's folder, into which the process is born.
     pub(crate) cgroup: Option<BorrowedFd<'a>>,
 }
@@ -83,6 +85,7 @@ const STAGES: [Stage; 7] = [
 struct ChildArgs<'a> {
     command: &'a Command<'a>,
     stdio: [RawFd; 3],
+    channel: Option<RawFd>,
     argv: *const *const c_char,
     env: *const *const c_char,
     stage: AtomicUsize,
@@ -99,6 +102,7 @@ pub(crate) fn spawn(command: &Command<'_>, pid: &AtomicI32) -> Result<(), SpawnE
     let args = ChildArgs {
         command,
         stdio: command.stdio.map(|fd| fd.as_raw_fd()),
+        channel: command.channel.map(|fd| fd.as_raw_fd()),
         argv: argv.as_ptr(),
         env: env.as_ptr(),
         stage: AtomicUsize::new(Stage::Clone as usize),
@@ -220,7 +224,8 @@ fn prepare_and_execute(args: &ChildArgs<'_>) -> Result<std::convert::Infallible,
     check(unsafe { libc::setsid() }.into())?;
 
     args.enter(Stage::Stdio);
-    for (target, source) in (0..).zip(args.stdio) {
+    // The channel last: one of the others may have its number.
+    for (target, source) in (0..).zip(args.stdio.into_iter().chain(args.channel)) {
         // SAFETY: takes no pointers, and changes the child's own table only.
         check(unsafe { libc::dup2(source, target) }.into())?;
     }

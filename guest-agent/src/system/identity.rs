@@ -134,6 +134,11 @@ impl Identity {
         }
         Ok(())
     }
+
+    /// The guest is a copy, or may be one.
+    pub(crate) fn is_new(&self) -> bool {
+        self.is_new
+    }
 }
 
 fn seed(entropy: &[u8]) -> io::Result<()> {

@@ -24,6 +24,7 @@ use self::network::Nic;
 pub(crate) use self::network::loopback_up;
 pub(crate) use self::overlay::lay_over;
 pub(crate) use self::shutdown::{power_off, stop_programs};
+use crate::code::Contexts;
 use crate::exec::{Processes, SuspendError};
 use crate::status::refused;
 
@@ -31,6 +32,7 @@ use crate::status::refused;
 #[derive(Clone)]
 pub(crate) struct System {
     processes: Processes,
+    code: Contexts,
     /// Told when the guest is to stop.
     stop: watch::Sender<bool>,
     /// Only PID 1 of a guest names it, stops it and turns it off; elsewhere that
@@ -52,9 +54,15 @@ struct Configured {
 // === impl System ===
 
 impl System {
-    pub(crate) fn new(processes: Processes, stop: watch::Sender<bool>, is_init: bool) -> Self {
+    pub(crate) fn new(
+        processes: Processes,
+        code: Contexts,
+        stop: watch::Sender<bool>,
+        is_init: bool,
+    ) -> Self {
         Self {
             processes,
+            code,
             stop,
             is_init,
             configured: Arc::default(),
@@ -96,6 +104,9 @@ impl SystemService for System {
         let failed = |message| refused(Code::Internal, "NOT_CONFIGURED", message);
         let assumed = configured.assume(&identity);
         assumed.map_err(|error| failed(told(&error)))?;
+        if identity.is_new() {
+            self.code.reseed();
+        }
         // Not before everything else has been done.
         let resumed = self.processes.resume();
         resumed.map_err(|error| failed(format!("programs could not be let go on: {error}")))?;

@@ -217,7 +217,7 @@ impl Guest {
             .await?
             .and_then(|response| response.event)
         {
-            Some(Event::Started(Started { pid })) => Ok(Call {
+            Some(Event::Started(Started { pid, .. })) => Ok(Call {
                 requests,
                 responses,
                 pid,
@@ -298,6 +298,7 @@ impl Call {
                 Event::Started(_) => panic!("a second `started`"),
                 Event::Stdout(bytes) => stdout.extend_from_slice(&bytes),
                 Event::Stderr(bytes) => stderr.extend_from_slice(&bytes),
+                Event::Dropped(dropped) => panic!("{dropped:?}"),
                 Event::Exited(exited) => {
                     assert_eq!(self.responses.message().await?, None);
                     return Ok(Finished {

@@ -60,6 +60,8 @@ pub(super) fn process(
         timeout: args.timeout.and_then(|timeout| timeout.try_into().ok()),
         limits: None,
         stdin: args.interactive,
+        kill_on_disconnect: true,
+        ..ProcessSpec::default()
     })
 }
 
@@ -128,7 +130,7 @@ async fn relay(responses: &mut Streaming<ExecResponse>) -> Result<Exited, CliErr
             Some(exec_response::Event::Stdout(bytes)) => stdio::write(&mut stdout, &bytes).await?,
             Some(exec_response::Event::Stderr(bytes)) => stdio::write(&mut stderr, &bytes).await?,
             Some(exec_response::Event::Exited(exited)) => return Ok(exited),
-            Some(exec_response::Event::Started(_)) | None => {}
+            Some(exec_response::Event::Started(_) | exec_response::Event::Dropped(_)) | None => {}
         }
     }
     Err(CliError::NoExit)
