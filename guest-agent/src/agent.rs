@@ -34,6 +34,7 @@ const CGROUP: &str = "/sys/fs/cgroup/soulbox";
 pub fn run(options: Options) -> anyhow::Result<()> {
     let started_us = boot_time_us();
     sys::process::use_one_malloc_arena();
+    sys::process::ignore_no_signals();
     sys::process::set_inherited_fds_cloexec().context("descriptors")?;
     open_standard_descriptors();
     exit_on_panic();

@@ -99,13 +99,13 @@ async fn a_program_that_is_asked_for_meanwhile_runs_after_configure() {
 }
 
 #[tokio::test]
-async fn a_suspended_program_dies_with_its_connection() {
+async fn a_suspended_program_that_is_bound_to_its_call_dies_with_it() {
     let guest = Guest::start_as_init().await;
     // What a clone sees of its parent's calls: the connection is gone.
     let mut parent = ProcessServiceClient::new(guest.connection().await);
     let (requests, stream) = tokio::sync::mpsc::channel(1);
     let line = "setsid sleep 1000 & while :; do :; done";
-    requests.send(start(sh(line))).await.unwrap();
+    requests.send(start(bound(sh(line)))).await.unwrap();
     let responses = parent.exec(ReceiverStream::new(stream)).await.unwrap();
     let mut responses = responses.into_inner();
     let first = responses.message().await.unwrap().unwrap().event;
@@ -282,6 +282,7 @@ async fn a_program_that_cannot_stop_is_told_of_and_all_go_on() {
     assert_eq!(reason(&status).0, "NOT_SUSPENDED");
     assert_eq!(guest.sh("echo on").await.text(), "on\n");
 
+    assert!(guest.signal(stuck.id, "KILL", true).await.unwrap());
     drop(stuck);
     until(|| guest.cgroup_event("populated") == Some(false)).await;
     suspend(&guest).await.unwrap();
