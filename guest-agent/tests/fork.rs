@@ -123,6 +123,48 @@ async fn a_suspended_program_that_is_bound_to_its_call_dies_with_it() {
 }
 
 #[tokio::test]
+async fn a_program_is_found_again_after_a_fork() {
+    let guest = Guest::start_as_init().await;
+    let mut parent = ProcessServiceClient::new(guest.connection().await);
+    let (requests, stream) = tokio::sync::mpsc::channel(1);
+    let line = "while :; do echo tick; sleep 0.01; done";
+    requests.send(start(sh(line))).await.unwrap();
+    let responses = parent.exec(ReceiverStream::new(stream)).await.unwrap();
+    let mut responses = responses.into_inner();
+    let first = responses.message().await.unwrap().unwrap().event;
+    let Some(Event::Started(Started { id, .. })) = first else {
+        panic!("{first:?}")
+    };
+    let ended = guest.exec(sh("echo said; exit 4")).await.unwrap();
+    let ended_id = ended.id;
+    ended.finish().await.unwrap();
+
+    // Of the parent's connections a clone has none.
+    suspend(&guest).await.unwrap();
+    drop((parent, requests, responses));
+    while guest.entry(id).await.unwrap().callers > 0 {}
+    // Also before it knows who it is, it can be asked what it was doing.
+    let mut attached = guest.attach(id).await.unwrap();
+    assert!(matches!(attached.event().await, Event::Stdout(_)));
+    let output = async || guest.entry(id).await.unwrap().output_bytes;
+    let said = output().await;
+    tokio::time::sleep(A_WHILE).await;
+    assert_eq!(output().await, said);
+
+    configure(&guest, new_identity()).await.unwrap();
+    while output().await <= said {}
+    let known: Vec<_> = guest.list().await.iter().map(|entry| entry.id).collect();
+    assert_eq!(known, [id, ended_id]);
+    let late = guest.attach(ended_id).await.unwrap();
+    let late = late.finish().await.unwrap();
+    assert_eq!((late.text(), late.code()), ("said\n", 4));
+    let new = guest.exec(sh("true")).await.unwrap();
+    assert!(!known.contains(&new.id));
+    assert!(guest.signal(id, "TERM", true).await.unwrap());
+    assert_eq!(attached.finish().await.unwrap().signal(), 15);
+}
+
+#[tokio::test]
 async fn every_identity_is_new_and_leaves_nothing_behind() {
     let guest = Guest::start_as_init().await;
     let own = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap();

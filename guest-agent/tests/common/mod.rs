@@ -271,18 +271,16 @@ impl Guest {
         &self,
         first: Vec<ExecRequest>,
     ) -> Result<(mpsc::Sender<ExecRequest>, Streaming<ExecResponse>), Status> {
-        let (requests, stream) = mpsc::channel(first.len().max(4));
-        for request in first {
-            requests.send(request).await.unwrap();
-        }
-        let mut client = ProcessServiceClient::new(self.channel.clone());
-        let responses = client.exec(ReceiverStream::new(stream)).await?.into_inner();
-        Ok((requests, responses))
+        send(self.channel.clone(), first).await
     }
 
     /// Starts a program and reads `started`.
     pub async fn exec(&self, spec: ProcessSpec) -> Result<Call, Status> {
-        let (requests, mut responses) = self.send(vec![start(spec)]).await?;
+        self.exec_on(self.channel.clone(), spec).await
+    }
+
+    pub async fn exec_on(&self, channel: Channel, spec: ProcessSpec) -> Result<Call, Status> {
+        let (requests, mut responses) = send(channel, vec![start(spec)]).await?;
         match responses
             .message()
             .await?
@@ -391,6 +389,19 @@ impl Attached {
     pub async fn finish(self) -> Result<Finished, Status> {
         finish(self.responses).await
     }
+}
+
+async fn send(
+    channel: Channel,
+    first: Vec<ExecRequest>,
+) -> Result<(mpsc::Sender<ExecRequest>, Streaming<ExecResponse>), Status> {
+    let (requests, stream) = mpsc::channel(first.len().max(4));
+    for request in first {
+        requests.send(request).await.unwrap();
+    }
+    let mut client = ProcessServiceClient::new(channel);
+    let responses = client.exec(ReceiverStream::new(stream)).await?.into_inner();
+    Ok((requests, responses))
 }
 
 async fn finish(mut responses: Streaming<ExecResponse>) -> Result<Finished, Status> {
