@@ -48,6 +48,9 @@ pub fn run(options: Options) -> anyhow::Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .thread_keep_alive(THREAD_KEEP_ALIVE)
+        // A program's end is for the thread that serves: another would wake up to
+        // wake it.
+        .on_thread_start(sys::process::block_signals)
         .build()
         .context("the runtime")?;
     runtime.block_on(serve(&options, started_us))?;

@@ -34,7 +34,7 @@ async fn shown(call: &mut Call, text: &str) -> String {
 async fn all_three_streams_are_one_terminal_of_its_own() {
     let guest = Guest::start().await;
     let line = "test -t 0 && test -t 1 && test -t 2 && echo yes >&2; tty; stty size; \
-                stat -c %U $(tty); echo $TERM; ps -o pid=,sid=,tpgid= -p $$; echo >/dev/tty";
+                stat -c '%U %a' $(tty); echo $TERM; ps -o pid=,sid=,tpgid= -p $$; echo >/dev/tty";
     let terminal = ProcessSpec {
         user: "daemon".to_owned(),
         ..in_terminal(sh(line))
@@ -43,7 +43,7 @@ async fn all_three_streams_are_one_terminal_of_its_own() {
     let lines: Vec<_> = finished.text().split("\r\n").collect();
     assert_eq!(lines[0], "yes");
     assert!(lines[1].starts_with("/dev/pts/"), "{lines:?}");
-    assert_eq!(lines[2..5], ["30 100", "daemon", "xterm-256color"]);
+    assert_eq!(lines[2..5], ["30 100", "daemon 620", "xterm-256color"]);
     let ids: Vec<_> = lines[5].split_whitespace().collect();
     assert!(
         ids.len() == 3 && ids.iter().all(|id| id == &ids[0]),

@@ -34,7 +34,7 @@ struct State {
     next_caller: u64,
     /// Of the program's task, while it waits for callers.
     reader: Option<Waker>,
-    /// None when the program has ended.
+    /// None when the program has ended with all that it started.
     control: Option<Arc<Control>>,
     terminal: Option<Arc<Terminal>>,
     exited: Option<Exited>,
@@ -123,7 +123,7 @@ impl Job {
     pub(super) fn ended(&self, exited: Exited) {
         let mut state = self.lock();
         state.exited = Some(exited);
-        state.control = None;
+        state.let_go_of_the_ended();
     }
 
     /// Nothing more comes: callers hear how it ended.
@@ -131,6 +131,7 @@ impl Job {
         let mut state = self.lock();
         state.is_over = true;
         state.terminal = None;
+        state.let_go_of_the_ended();
         state.wake_callers();
     }
 
@@ -201,7 +202,7 @@ impl Job {
         let caller = state.callers.swap_remove(index);
         state.trim();
         state.wake_reader();
-        if let Some(control) = &state.control
+        if let Some(control) = state.control_of_running()
             && caller.is_waited_for
             && self.kill_on_disconnect
         {
@@ -274,17 +275,20 @@ impl Job {
 
     /// Signals the process group. False: the program had ended.
     pub(super) fn signal(&self, signal: i32) -> bool {
-        self.with_control(|control| control.signal(signal))
+        let state = self.lock();
+        let control = state.control_of_running();
+        control.map(|control| control.signal(signal)).is_some()
     }
 
-    /// Signals all that the program started.
+    /// Signals all that the program started, also where it has ended and left some of
+    /// it. False: nothing was left.
     pub(super) fn signal_tree(&self, signal: i32) -> bool {
-        self.with_control(|control| control.signal_tree(signal))
+        self.with_tree(|control| control.signal_tree(signal))
     }
 
-    /// Kills the program with all that it started.
+    /// Kills all that the program started, as above.
     pub(super) fn kill(&self) -> bool {
-        self.with_control(Control::kill)
+        self.with_tree(Control::kill)
     }
 
     pub(super) fn resize(&self, size: TerminalSize) {
@@ -297,17 +301,15 @@ impl Job {
     pub(super) fn hang_up(&self) {
         let state = self.lock();
         let hung_up = state.terminal.as_ref().map(|terminal| terminal.hang_up());
-        if let (Some(Err(_)), Some(control)) = (hung_up, &state.control) {
+        if let (Some(Err(_)), Some(control)) = (hung_up, state.control_of_running()) {
             control.signal(libc::SIGHUP);
         }
     }
 
-    fn with_control(&self, tell: impl FnOnce(&Control)) -> bool {
-        let state = self.lock();
-        if let Some(control) = &state.control {
-            tell(control);
-        }
-        state.control.is_some()
+    fn with_tree(&self, tell: impl FnOnce(&Control)) -> bool {
+        let mut state = self.lock();
+        state.let_go_of_the_ended();
+        state.control.as_deref().map(tell).is_some()
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -318,11 +320,25 @@ impl Job {
 // === impl State ===
 
 impl State {
+    fn control_of_running(&self) -> Option<&Control> {
+        let control = self.control.as_deref();
+        control.filter(|_| self.exited.is_none())
+    }
+
     /// Of the first byte that somebody has still to read for whom the program waits.
     fn unread(&self) -> u64 {
         let waited_for = self.callers.iter().filter(|caller| caller.is_waited_for);
         let offsets = waited_for.map(|caller| caller.offset);
         offsets.min().unwrap_or(self.log.end())
+    }
+
+    /// Drops the hold on a program that has ended and left nothing running: its cgroup
+    /// is for the next.
+    fn let_go_of_the_ended(&mut self) {
+        if self.exited.is_some() {
+            self.control
+                .take_if(|control| !control.has_left_processes());
+        }
     }
 
     fn trim(&mut self) {

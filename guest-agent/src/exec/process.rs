@@ -34,8 +34,8 @@ pub(crate) struct Process {
     exit: Option<tokio::sync::oneshot::Receiver<Exit>>,
 }
 
-/// The hold on a process while it runs. Not for what has ended: its group's number
-/// may be another's, and its cgroup is used again when nobody has this any more.
+/// The hold on a process and all that it started. Its cgroup is another's when nobody
+/// has this any more.
 pub(crate) struct Control {
     pub(crate) pid: i32,
     reaper: Reaper,
@@ -55,7 +55,7 @@ pub(crate) enum Stdio {
 }
 
 /// What a process is known by.
-#[derive(Clone)]
+#[derive(Clone, Default)]
 pub(crate) struct About {
     /// Cut; see [`ARGV_BYTES`].
     pub(crate) argv: Vec<Bytes>,
@@ -89,7 +89,7 @@ pub(crate) enum StartError {
 
 /// How much of its arguments a process is known by: a list of a thousand must not
 /// have a thousand times what Linux takes.
-const ARGV_BYTES: usize = 2048;
+const ARGV_BYTES: usize = 1024;
 /// What still has new processes after so many looks forks faster than we read.
 const SIGNAL_ROUNDS: usize = 16;
 
@@ -134,7 +134,7 @@ impl Process {
                     if error.is_of_cgroup() && cgroup.as_ref().is_some_and(Cgroup::is_used) =>
                 {
                     if let Some(cgroup) = cgroup.take() {
-                        cgroup.is_unfit();
+                        cgroup.spoil();
                     }
                     cgroup = self::cgroup(spec, cgroups.as_ref())?;
                 }
@@ -172,7 +172,7 @@ impl Process {
                 if exit.status == ExitStatus::Signal(libc::SIGKILL.cast_unsigned())
                     && let Some(cgroup) = &self.control.cgroup
                 {
-                    cgroup.is_unfit();
+                    cgroup.spoil();
                 }
                 return exit;
             }
@@ -221,11 +221,29 @@ impl Control {
         }
     }
 
+    /// Whether something that it started is known to have outlived it.
+    pub(crate) fn has_left_processes(&self) -> bool {
+        let cgroup = self.cgroup.as_ref();
+        cgroup.is_some_and(|cgroup| !cgroup.is_empty())
+    }
+
     /// Kills the process with all that it started; without a cgroup, its group.
     pub(crate) fn kill(&self) {
         match self.cgroup.as_ref().map(Cgroup::kill) {
             Some(Ok(())) => {}
             None | Some(Err(_)) => self.signal(libc::SIGKILL),
+        }
+    }
+}
+
+#[cfg(test)]
+impl Control {
+    /// Of a process that never was; nothing is sent to it.
+    pub(super) fn of_nobody() -> Self {
+        Self {
+            pid: 0,
+            reaper: Reaper::default(),
+            cgroup: None,
         }
     }
 }

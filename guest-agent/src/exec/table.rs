@@ -55,8 +55,8 @@ impl Table {
     pub(super) fn fresh_id(&self) -> io::Result<u64> {
         loop {
             let mut bytes = [0; 8];
-            // Fewer than 256 bytes come whole, and without a wait once it is seeded.
-            getrandom(&mut bytes, GetRandomFlags::empty())?;
+            // So few come whole. No secret, so there is no wait for the first seed.
+            getrandom(&mut bytes, GetRandomFlags::INSECURE)?;
             let id = u64::from_ne_bytes(bytes);
             if id != 0 && self.find(id).is_none() {
                 return Ok(id);
@@ -137,5 +137,87 @@ impl Jobs {
                 job.forget_output();
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use soulbox_proto::guest::v1::Exited;
+
+    use super::super::job::Options;
+    use super::super::log::Stream;
+    use super::super::process::{About, Control};
+    use super::*;
+
+    fn job(table: &Table) -> Arc<Job> {
+        let options = Options {
+            has_stdin: false,
+            kill_on_disconnect: false,
+            tag: String::new(),
+            keep_output_bytes: 16 << 20,
+        };
+        let id = table.fresh_id().unwrap();
+        let control = Arc::new(Control::of_nobody());
+        let job = Arc::new(Job::new(id, About::default(), control, None, options));
+        table.insert(Arc::clone(&job));
+        job
+    }
+
+    fn end(table: &Table, job: &Arc<Job>) {
+        job.ended(Exited::default());
+        table.ended(job);
+        job.over();
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn the_ended_are_known_for_ten_minutes() {
+        let table = Table::default();
+        let (first, second, running) = (job(&table), job(&table), job(&table));
+        end(&table, &second);
+        tokio::time::advance(KEEP / 2).await;
+        end(&table, &first);
+        let known = || -> Vec<u64> { table.list().iter().map(|entry| entry.id).collect() };
+        assert_eq!(known(), [first.id, second.id, running.id]);
+        assert_eq!(table.running(), 1);
+        tokio::time::advance(KEEP / 2 - Duration::from_secs(1)).await;
+        assert!(table.find(second.id).is_some());
+        tokio::time::advance(Duration::from_secs(1)).await;
+        assert!(table.find(second.id).is_none());
+        assert_eq!(known(), [first.id, running.id]);
+        tokio::time::advance(KEEP).await;
+        assert_eq!(known(), [running.id]);
+    }
+
+    #[tokio::test]
+    async fn output_of_the_ended_is_bounded_but_for_the_last() {
+        let table = Table::default();
+        let jobs: Vec<_> = (0..10).map(|_| job(&table)).collect();
+        for job in &jobs {
+            for _ in 0..16 {
+                job.say(Stream::Stdout, &[0; 65_536]);
+            }
+            end(&table, job);
+            let kept: u64 = jobs.iter().map(|job| job.kept_bytes()).sum();
+            let running = jobs.iter().filter(|job| job.entry().exited.is_none());
+            let of_running: u64 = running.map(|job| job.kept_bytes()).sum();
+            assert!(kept - of_running <= KEEP_OUTPUT_BYTES);
+        }
+        let large = job(&table);
+        for _ in 0..64 {
+            large.say(Stream::Stdout, &[0; 65_536]);
+        }
+        end(&table, &large);
+        assert_eq!(large.kept_bytes(), 4 << 20);
+        assert!(jobs.iter().all(|job| job.kept_bytes() == 0));
+    }
+
+    #[test]
+    fn ids_do_not_come_again() {
+        let (table, copy) = (Table::default(), Table::default());
+        let ids: std::collections::HashSet<u64> = (0..1000)
+            .map(|_| table.fresh_id().unwrap())
+            .chain((0..1000).map(|_| copy.fresh_id().unwrap()))
+            .collect();
+        assert_eq!(ids.len(), 2000);
     }
 }

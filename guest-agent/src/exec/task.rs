@@ -98,9 +98,8 @@ impl Task {
         // Before callers hear of the end, who may then ask what runs.
         table.ended(&job);
         job.over();
-        job.close_stdin().await;
-        drop(job);
-        output.drain().await;
+        let close = async move { job.close_stdin().await };
+        tokio::join!(close, output.drain());
     }
 }
 

@@ -38,6 +38,11 @@ pub(crate) fn ignore_no_signals() {
     }
 }
 
+/// Has every signal go to other threads than this one.
+pub(crate) fn block_signals() {
+    let _ = super::spawn::block_signals();
+}
+
 /// Marks every descriptor above stderr close-on-exec: whatever started the agent
 /// must not leak into the programs that it starts.
 pub(crate) fn set_inherited_fds_cloexec() -> io::Result<()> {

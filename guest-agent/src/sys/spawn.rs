@@ -332,7 +332,7 @@ fn reset_signals() {
 }
 
 /// Blocks every signal for this thread, and returns what was blocked before.
-fn block_signals() -> libc::sigset_t {
+pub(super) fn block_signals() -> libc::sigset_t {
     // SAFETY: sigset_t is plain data, and both pointers are to live locals. With
     // a valid first argument the call cannot fail.
     unsafe {

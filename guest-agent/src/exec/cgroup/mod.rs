@@ -78,6 +78,12 @@ struct Folder {
     file: File,
 }
 
+/// What cgroup.events says.
+struct Events {
+    is_populated: bool,
+    is_frozen: bool,
+}
+
 // === impl Cgroups ===
 
 impl Cgroups {
@@ -194,16 +200,23 @@ impl Cgroup {
         self.is_used
     }
 
-    /// Says that no other program may use it. Once a cgroup has been killed, Linux 6.18
+    /// Leaves it to no other program. Once a cgroup has been killed, Linux 6.18
     /// kills what is born into it later, too: it compares the number of kills with that
     /// of the cgroup of whoever clones.
-    pub(crate) fn is_unfit(&self) {
+    pub(crate) fn spoil(&self) {
         self.is_fit.store(false, Ordering::Relaxed);
+    }
+
+    /// Without a process that lives.
+    pub(crate) fn is_empty(&self) -> bool {
+        let events = self.folder.as_ref().and_then(Folder::events);
+        // Only what is empty can be removed.
+        events.is_none_or(|events| !events.is_populated)
     }
 
     /// SIGKILLs every process in it, and those that are being forked.
     pub(crate) fn kill(&self) -> io::Result<()> {
-        self.is_unfit();
+        self.spoil();
         fs::write(self.path().join("cgroup.kill"), "1")
     }
 
@@ -243,27 +256,44 @@ impl Drop for Cgroup {
 impl Folder {
     /// Without processes, and without folders below it, which root may have made.
     fn is_as_new(&self) -> bool {
-        let flags = OFlags::RDONLY | OFlags::CLOEXEC;
-        let Ok(events) = openat(&self.file, "cgroup.events", flags, Mode::empty()) else {
-            return false;
-        };
-        let mut text = [0; 128];
-        let length = File::from(events).read_at(&mut text, 0).unwrap_or(0);
-        let text = text.get(..length).unwrap_or_default();
+        let events = self.events();
         // A process that is born into what is frozen does not start.
-        has_line(text, b"populated 0")
-            && has_line(text, b"frozen 0")
+        events.is_some_and(|events| !events.is_populated && !events.is_frozen)
             && fstat(&self.file).is_ok_and(|stat| stat.st_nlink == 2)
+    }
+
+    /// None where it has been removed.
+    fn events(&self) -> Option<Events> {
+        let flags = OFlags::RDONLY | OFlags::CLOEXEC;
+        let events = openat(&self.file, "cgroup.events", flags, Mode::empty()).ok()?;
+        Events::read(&File::from(events)).ok()
+    }
+}
+
+// === impl Events ===
+
+impl Events {
+    fn read(file: &File) -> io::Result<Self> {
+        let mut text = [0; 128];
+        let length = file.read_at(&mut text, 0)?;
+        Ok(Self::parse(text.get(..length).unwrap_or_default()))
+    }
+
+    // "populated 1\nfrozen 0\n", in any order and with others.
+    fn parse(text: &[u8]) -> Self {
+        let has = |wanted: &[u8]| text.split(|byte| *byte == b'\n').any(|line| line == wanted);
+        Self {
+            is_populated: !has(b"populated 0"),
+            is_frozen: has(b"frozen 1"),
+        }
     }
 }
 
 /// Blocks, but for no longer than a poll at a time: what else the agent does goes
 /// on between, and a wait of its runtime takes a millisecond at least.
 async fn wait_until_frozen(events: &File) -> io::Result<()> {
-    let mut text = [0; 128];
     loop {
-        let length = events.read_at(&mut text, 0)?;
-        if has_line(text.get(..length).unwrap_or_default(), b"frozen 1") {
+        if Events::read(events)?.is_frozen {
             return Ok(());
         }
         let mut changed = [PollFd::new(events, PollFlags::PRI)];
@@ -274,22 +304,19 @@ async fn wait_until_frozen(events: &File) -> io::Result<()> {
     }
 }
 
-// cgroup.events: "populated 1\nfrozen 0\n", in any order and with others.
-fn has_line(events: &[u8], wanted: &[u8]) -> bool {
-    let mut lines = events.split(|byte| *byte == b'\n');
-    lines.any(|line| line == wanted)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
     fn reads_what_the_kernel_writes() {
-        let is_frozen = |events| has_line(events, b"frozen 1");
+        let is_frozen = |events| Events::parse(events).is_frozen;
         assert!(is_frozen(b"populated 1\nfrozen 1\n"));
         assert!(is_frozen(b"frozen 1\npopulated 0\nmore 1\n"));
         assert!(!is_frozen(b"populated 1\nfrozen 0\n"));
         assert!(!is_frozen(b"populated 1\n") && !is_frozen(b""));
+        let is_populated = |events| Events::parse(events).is_populated;
+        assert!(is_populated(b"populated 1\nfrozen 0\n") && is_populated(b""));
+        assert!(!is_populated(b"frozen 0\npopulated 0\n"));
     }
 }
