@@ -14,6 +14,7 @@ use tonic::Status;
 use super::log::{Log, Stream};
 use super::process::{About, Control};
 use super::stdio::{Input, Terminal};
+use crate::status::internal;
 
 pub(super) struct Job {
     pub(super) id: u64,
@@ -225,7 +226,7 @@ impl Job {
             ..
         } = &mut *state;
         let Some(caller) = callers.iter_mut().find(|caller| caller.key == key) else {
-            return Poll::Ready(Err(Status::internal("the caller has left")));
+            return Poll::Ready(Err(internal("the caller has left")));
         };
         if let Some(status) = caller.refused.take() {
             return Poll::Ready(Err(status));
