@@ -5,6 +5,9 @@ use std::task::{Context, Poll};
 
 use soulbox_proto::guest::MAX_REQUEST_BYTES;
 use soulbox_proto::guest::v1::code_service_server::{CodeServiceServer, SERVICE_NAME as CODE};
+use soulbox_proto::guest::v1::metrics_service_server::{
+    MetricsServiceServer, SERVICE_NAME as METRICS,
+};
 use soulbox_proto::guest::v1::port_service_server::{PortServiceServer, SERVICE_NAME as PORT};
 use soulbox_proto::guest::v1::process_service_server::{
     ProcessServiceServer, SERVICE_NAME as PROCESS,
@@ -21,6 +24,7 @@ use tonic::transport::server::{Connected, Server};
 
 use crate::code::Contexts;
 use crate::exec::Processes;
+use crate::metrics::Metrics;
 use crate::ports::Ports;
 use crate::system::System;
 
@@ -29,7 +33,7 @@ use crate::system::System;
 const STREAM_WINDOW_BYTES: u32 = 256 * 1024;
 const CONNECTION_WINDOW_BYTES: u32 = (1 << 31) - 1;
 
-/// Every service of the agent. Routes by name itself: a router for three names
+/// Every service of the agent. Routes by name itself: a router for a few names
 /// would bring a web framework into every snapshot.
 #[derive(Clone)]
 pub(crate) struct Services {
@@ -37,6 +41,7 @@ pub(crate) struct Services {
     system: SystemServiceServer<System>,
     ports: PortServiceServer<Ports>,
     code: CodeServiceServer<Contexts>,
+    metrics: MetricsServiceServer<Metrics>,
 }
 
 // === impl Services ===
@@ -50,6 +55,7 @@ impl Services {
             system: SystemServiceServer::new(system),
             ports: PortServiceServer::new(ports),
             code: code.max_decoding_message_size(MAX_REQUEST_BYTES),
+            metrics: MetricsServiceServer::new(Metrics),
         }
     }
 
@@ -91,6 +97,7 @@ impl Service<http::Request<Body>> for Services {
             Some(SYSTEM) => self.system.call(request),
             Some(PORT) => self.ports.call(request),
             Some(CODE) => self.code.call(request),
+            Some(METRICS) => self.metrics.call(request),
             _ => Box::pin(async {
                 let status =
                     Status::unimplemented("this agent has no such service: use one of its age");

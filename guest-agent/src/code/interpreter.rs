@@ -17,7 +17,7 @@ use super::channel::{BrokenChannel, Frame, Reader, Run, SLACK_BYTES};
 use super::language::Runner;
 use super::output::Output;
 use super::request::ContextSpec;
-use crate::exec::{Process, Processes, StartError};
+use crate::exec::{Process, Processes, StartError, Stdio};
 use crate::spec::Spec;
 use crate::status::{excerpt, refused};
 use crate::sys::spawn::Stage;
@@ -111,10 +111,11 @@ impl Interpreter {
         // Above the numbers that it and stdio get in the child.
         let theirs = fcntl_dupfd_cloexec(&theirs, 10).map_err(std::io::Error::from)?;
         let (user, cwd) = place_of(spec);
-        let process = processes.start(process_spec(spec)?, theirs).await;
+        let process = processes.start_with_channel(process_spec(spec)?, theirs).await;
         let mut process = process.map_err(|error| not_started(error, runner))?;
-        let pipes = process.pipes.take();
-        let pipes = pipes.ok_or_else(|| std::io::Error::from(Errno::BADF))?;
+        let Some(Stdio::Pipes { stdout, stderr, .. }) = process.stdio.take() else {
+            return Err(std::io::Error::from(Errno::BADF).into());
+        };
         ours.set_nonblocking(true)?;
         let (reader, writer) = UnixStream::from_std(ours)?.into_split();
         let mut interpreter = Self {
@@ -125,8 +126,8 @@ impl Interpreter {
             reader: Reader::new(reader),
             writer,
             outgoing: runner.source().into(),
-            stdout: Output::new(pipes.stdout, Event::Stdout)?,
-            stderr: Output::new(pipes.stderr, Event::Stderr)?,
+            stdout: Output::new(stdout, Event::Stdout)?,
+            stderr: Output::new(stderr, Event::Stderr)?,
             identity,
             exit: None,
         };
@@ -171,7 +172,7 @@ impl Interpreter {
     }
 
     pub(super) fn pid(&self) -> u32 {
-        self.process.pid.cast_unsigned()
+        self.process.control.pid.cast_unsigned()
     }
 
     /// Gives it something to run; what it did before must have finished.
@@ -226,12 +227,12 @@ impl Interpreter {
     }
 
     pub(super) fn interrupt(&self) {
-        self.process.signal(libc::SIGINT);
+        self.process.control.signal(libc::SIGINT);
     }
 
     /// Kills it with all that it started.
     pub(super) fn kill(&self) {
-        self.process.kill();
+        self.process.control.kill();
     }
 
     /// Kills it, also what it left behind where it has ended, and waits for its end.
