@@ -6,6 +6,10 @@ use std::time::Duration;
 use anyhow::Context as _;
 use soulbox_proto::FILE_DESCRIPTOR_SET;
 use soulbox_proto::guest::MAX_REQUEST_BYTES;
+use soulbox_proto::guest::v1::code_service_server::CodeServiceServer;
+use soulbox_proto::guest::v1::filesystem_service_server::FilesystemServiceServer;
+use soulbox_proto::guest::v1::metrics_service_server::MetricsServiceServer;
+use soulbox_proto::guest::v1::process_service_server::ProcessServiceServer;
 use soulbox_proto::host::v1::network_service_server::{
     NetworkServiceServer, SERVICE_NAME as NETWORK_SERVICE,
 };
@@ -27,14 +31,16 @@ use tonic_health::server::HealthReporter;
 use super::listen::{Listeners, SocketFile};
 use crate::ingress::{Forwards, Proxy};
 use crate::sandbox::{Pool, Ports};
-use crate::service::{NetworkApi, NodeApi, SandboxApi};
+use crate::service::{NetworkApi, NodeApi, Relay, SandboxApi};
 
 /// Dead callers are noticed, so that what they run is ended.
 const KEEPALIVE: Duration = Duration::from_secs(20);
 /// What a call may send before it is read. The window of its connection is the
 /// largest that HTTP/2 has: calls that nobody reads must not hold up the others.
-const STREAM_WINDOW_BYTES: u32 = 256 * 1024;
+const STREAM_WINDOW_BYTES: u32 = 1024 * 1024;
 const CONNECTION_WINDOW_BYTES: u32 = (1 << 31) - 1;
+/// Chunks of files and of programs' input are one frame each.
+const FRAME_BYTES: u32 = 256 * 1024;
 /// How long a closed server may take to send its last frames.
 const LAST_FRAMES: Duration = Duration::from_millis(500);
 
@@ -47,6 +53,8 @@ pub(super) struct Services {
     calls: TaskTracker,
     /// Ends calls without an end of their own.
     stopping: CancellationToken,
+    /// Ends all calls into guests.
+    ending: CancellationToken,
     /// Ends the servers.
     closing: CancellationToken,
     _unix_socket: SocketFile,
@@ -58,13 +66,19 @@ impl Services {
     pub(super) async fn start(pool: &Arc<Pool>, listeners: Listeners) -> anyhow::Result<Self> {
         let calls = TaskTracker::new();
         let stopping = CancellationToken::new();
+        let ending = CancellationToken::new();
         let closing = CancellationToken::new();
+        let relay = Relay::new(
+            Arc::clone(pool),
+            calls.clone(),
+            stopping.clone(),
+            ending.clone(),
+        );
         let sandboxes = SandboxServiceServer::new(SandboxApi::new(
             Arc::clone(pool),
             calls.clone(),
             stopping.clone(),
         ))
-        // What fits here fits the guest's agent.
         .max_decoding_message_size(MAX_REQUEST_BYTES);
         let node = NodeServiceServer::new(NodeApi::new(Arc::clone(pool)));
         let ports = Arc::new(Ports::new(Arc::clone(pool)));
@@ -90,6 +104,10 @@ impl Services {
             .add_service(sandboxes)
             .add_service(node)
             .add_service(network)
+            .add_service(relay.service::<ProcessServiceServer<()>>())
+            .add_service(relay.service::<FilesystemServiceServer<()>>())
+            .add_service(relay.service::<CodeServiceServer<()>>())
+            .add_service(relay.service::<MetricsServiceServer<()>>())
             .add_service(health_server)
             .add_service(reflection().build_v1().context("reflection")?)
             .add_service(reflection().build_v1alpha().context("reflection")?);
@@ -120,6 +138,7 @@ impl Services {
             health,
             calls,
             stopping,
+            ending,
             closing,
             _unix_socket: listeners.unix_socket,
         })
@@ -144,12 +163,14 @@ impl Services {
                 calls = self.calls.len(),
                 "the drain's time is over; calls are cut off"
             );
+            self.ending.cancel();
         }
     }
 
     /// Ends the servers and removes the socket.
     pub(super) async fn close(mut self) {
         self.edge.shutdown().await;
+        self.ending.cancel();
         self.closing.cancel();
         let ended = async {
             while let Some(server) = self.servers.join_next().await {
@@ -168,6 +189,7 @@ fn server() -> Server {
     Server::builder()
         .initial_stream_window_size(STREAM_WINDOW_BYTES)
         .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
+        .max_frame_size(FRAME_BYTES)
         .http2_keepalive_interval(Some(KEEPALIVE))
         .http2_keepalive_timeout(Some(KEEPALIVE))
 }
