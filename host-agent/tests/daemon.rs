@@ -443,9 +443,18 @@ async fn reflection_and_health_answer() {
     for expected in [
         "soulbox.host.v1.SandboxService",
         "soulbox.host.v1.NodeService",
+        "soulbox.host.v1.NetworkService",
+        "soulbox.guest.v1.ProcessService",
+        "soulbox.guest.v1.FilesystemService",
+        "soulbox.guest.v1.CodeService",
+        "soulbox.guest.v1.MetricsService",
         "grpc.health.v1.Health",
     ] {
         assert!(names.iter().any(|name| name == expected), "{names:?}");
+    }
+    for other in ["SystemService", "PortService"] {
+        let other = format!("soulbox.guest.v1.{other}");
+        assert!(!names.contains(&other), "{names:?}");
     }
 }
 

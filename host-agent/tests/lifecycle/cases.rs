@@ -101,7 +101,6 @@ cases! {
     what_a_hostile_agent_says_does_no_harm,
     a_sandbox_goes_with_its_call_however_that_ends,
     a_daemon_that_stops_tells_its_calls,
-    guest_services_are_listed,
     a_terminal_is_the_programs,
     a_terminal_is_as_it_was_afterwards,
     a_program_is_left_listed_attached_to_and_killed,
@@ -152,6 +151,7 @@ fn start(argv: &[&str]) -> ExecRequest {
             .iter()
             .map(|arg| arg.as_bytes().to_vec().into())
             .collect(),
+        kill_on_disconnect: true,
         ..ProcessSpec::default()
     };
     ExecRequest {
