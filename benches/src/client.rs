@@ -109,7 +109,11 @@ impl Client {
 
     pub(crate) async fn usage(&mut self, id: &str) -> Result<Usage> {
         let request = GetSandboxRequest { id: id.to_owned() };
-        let got = self.sandboxes.get_sandbox(request).await.context("GetSandbox")?;
+        let got = self
+            .sandboxes
+            .get_sandbox(request)
+            .await
+            .context("GetSandbox")?;
         got.into_inner()
             .usage
             .with_context(|| format!("{id} is not running"))
@@ -145,7 +149,11 @@ impl Client {
             count,
             ..Default::default()
         };
-        let forked = self.sandboxes.fork_sandbox(request).await.context("ForkSandbox")?;
+        let forked = self
+            .sandboxes
+            .fork_sandbox(request)
+            .await
+            .context("ForkSandbox")?;
         Ok(forked.into_inner())
     }
 

@@ -365,7 +365,9 @@ async fn what_is_not_there_is_said_and_deleting_it_succeeds() {
     let list = ListProcessesRequest {};
     let status = processes.list_processes(to(NO_SANDBOX, list)).await;
     assert_eq!(reason(&status.unwrap_err()), "SANDBOX_NOT_FOUND");
-    let status = processes.exec(to(NO_SANDBOX, tokio_stream::pending())).await;
+    let status = processes
+        .exec(to(NO_SANDBOX, tokio_stream::pending()))
+        .await;
     assert_eq!(reason(&status.unwrap_err()), "SANDBOX_NOT_FOUND");
     let status = processes.list_processes(to("../etc", list)).await;
     assert_eq!(fields(&status.unwrap_err()), [SANDBOX_METADATA]);

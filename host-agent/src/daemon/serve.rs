@@ -172,6 +172,8 @@ impl Services {
                 "the drain's time is over; calls are cut off"
             );
             self.ending.cancel();
+            // What goes with its call goes while there is somebody to delete it.
+            let _ = tokio::time::timeout(LAST_FRAMES, self.calls.wait()).await;
         }
     }
 

@@ -322,7 +322,10 @@ impl Reply {
         }
     }
 
-    fn poll_trailers(&mut self, cx: &mut Context<'_>) -> Poll<Result<Option<HeaderMap>, WireError>> {
+    fn poll_trailers(
+        &mut self,
+        cx: &mut Context<'_>,
+    ) -> Poll<Result<Option<HeaderMap>, WireError>> {
         let mut trailers = ready!(self.stream.poll_trailers(cx))?;
         self.is_over = true;
         self.give_back();
@@ -476,7 +479,10 @@ mod tests {
     #[tokio::test]
     async fn endless_headers_end_the_call() {
         let endless = frame(CONTINUATION, 0, &[b'x'; 16_000]);
-        for begin in [frame(HEADERS, 0, &[0x88]), [status_200(), frame(HEADERS, 1, b"")].concat()] {
+        for begin in [
+            frame(HEADERS, 0, &[0x88]),
+            [status_200(), frame(HEADERS, 1, b"")].concat(),
+        ] {
             let ended = call_to(begin, endless.clone()).await;
             assert!(matches!(ended, Err(WireError::Broken(_))), "{ended:?}");
         }
@@ -493,7 +499,10 @@ mod tests {
     #[tokio::test]
     async fn more_than_the_window_ends_the_call() {
         let (host, mut guest) = UnixStream::pair().unwrap();
-        let wire = Wire::new(Dialler::new(std::path::Path::new("/none"), vec![host.into()]));
+        let wire = Wire::new(Dialler::new(
+            std::path::Path::new("/none"),
+            vec![host.into()],
+        ));
         let talking = std::thread::spawn(move || {
             guest.read_exact(&mut [0; 64]).unwrap();
             guest.write_all(&SETTINGS).unwrap();
@@ -501,18 +510,27 @@ mod tests {
             let data = frame(DATA, 0, &[0; 100_000]);
             while guest.write_all(&data).is_ok() {}
         });
-        let answer = wire.call(Way::Own, Request::new(Body::empty())).await.unwrap();
+        let answer = wire
+            .call(Way::Own, Request::new(Body::empty()))
+            .await
+            .unwrap();
         // Nobody reads it meanwhile.
         tokio::time::sleep(std::time::Duration::from_millis(100)).await;
         let ended = answer.into_body().collect().await;
         assert!(matches!(ended, Err(WireError::Broken(_))));
         drop(wire);
-        tokio::task::spawn_blocking(move || talking.join().unwrap()).await.unwrap();
+        tokio::task::spawn_blocking(move || talking.join().unwrap())
+            .await
+            .unwrap();
     }
 
     #[tokio::test]
     async fn an_end_in_the_middle_is_a_loss() {
-        for said in [Vec::new(), status_200(), [status_200(), frame(DATA, 0, b"half")].concat()] {
+        for said in [
+            Vec::new(),
+            status_200(),
+            [status_200(), frame(DATA, 0, b"half")].concat(),
+        ] {
             let ended = call_to(said, Vec::new()).await;
             assert!(matches!(ended, Err(WireError::Lost(_))), "{ended:?}");
         }

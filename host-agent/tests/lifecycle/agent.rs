@@ -127,7 +127,9 @@ impl ProcessService for Agent {
             let id = programs.len() as u64 + 41;
             programs.insert(id, (spec, watch::Sender::new(None)));
             let event = exec_response::Event::Started(guest::Started { pid: 7, id });
-            events.try_send(Ok(guest::ExecResponse { event: Some(event) })).unwrap();
+            events
+                .try_send(Ok(guest::ExecResponse { event: Some(event) }))
+                .unwrap();
             // It says nothing more to this caller.
             tokio::spawn(async move { events.closed().await });
             return Ok(Response::new(Box::pin(ReceiverStream::new(stream))));
@@ -189,17 +191,19 @@ impl ProcessService for Agent {
         _: Request<guest::ListProcessesRequest>,
     ) -> Result<Response<guest::ListProcessesResponse>, Status> {
         let programs = self.1.lock().unwrap();
-        let processes = programs.iter().map(|(id, (spec, ended))| guest::ProcessEntry {
-            id: *id,
-            pid: 7,
-            argv: spec.argv.clone(),
-            tag: spec.tag.clone(),
-            exited: ended.borrow().map(|signal| guest::Exited {
-                status: Some(exited::Status::Signal(signal)),
-                ..guest::Exited::default()
-            }),
-            ..guest::ProcessEntry::default()
-        });
+        let processes = programs
+            .iter()
+            .map(|(id, (spec, ended))| guest::ProcessEntry {
+                id: *id,
+                pid: 7,
+                argv: spec.argv.clone(),
+                tag: spec.tag.clone(),
+                exited: ended.borrow().map(|signal| guest::Exited {
+                    status: Some(exited::Status::Signal(signal)),
+                    ..guest::Exited::default()
+                }),
+                ..guest::ProcessEntry::default()
+            });
         let processes = processes.collect();
         Ok(Response::new(guest::ListProcessesResponse { processes }))
     }
@@ -218,7 +222,8 @@ impl ProcessService for Agent {
     }
 }
 
-/// Tells what comes from the terminal, until "q" is typed.
+/// Tells what comes from the terminal, until "q" is typed; with an argument, what it
+/// is.
 async fn terminal(
     spec: &guest::ProcessSpec,
     input: &mut Streaming<guest::ExecRequest>,
@@ -229,14 +234,22 @@ async fn terminal(
         Some(terminal) => size(terminal),
         None => "no terminal".to_owned(),
     };
-    let term = spec.env.iter().find(|variable| &variable.name[..] == b"TERM");
+    let term = spec
+        .env
+        .iter()
+        .find(|variable| &variable.name[..] == b"TERM");
     line.push_str(&format!(
         " TERM={}",
         String::from_utf8_lossy(&term.map(|term| term.value.clone()).unwrap_or_default())
     ));
     loop {
         let event = exec_response::Event::Stdout(format!("{line}\r\n").into());
-        let _ = events.send(Ok(guest::ExecResponse { event: Some(event) })).await;
+        let _ = events
+            .send(Ok(guest::ExecResponse { event: Some(event) }))
+            .await;
+        if spec.argv.len() > 1 {
+            return exited::Status::Code(9);
+        }
         let message = input.message().await.ok().flatten();
         let Some(exec_request::Message::Input(sent)) = message.and_then(|sent| sent.message) else {
             return exited::Status::Signal(1);
@@ -265,7 +278,11 @@ async fn program(
         // The caller may be gone.
         let _ = events.send(Ok(response)).await;
     };
-    say(exec_response::Event::Started(guest::Started { pid: 1, id: 1 })).await;
+    say(exec_response::Event::Started(guest::Started {
+        pid: 1,
+        id: 1,
+    }))
+    .await;
     let number = argv.get(1).and_then(|arg| arg.parse::<u32>().ok());
     let mut status = exited::Status::Code(0);
     match argv[0].as_str() {

@@ -153,7 +153,10 @@ fn answer(machine: &Machine, path: &str, sent: Vec<Bytes>) -> Response<Body> {
         "RunCode" => return run_code(machine, &guest::RunCodeRequest::decode(first).unwrap()),
         "InterruptContext" => {
             machine.interrupts.send_modify(|count| *count += 1);
-            vec![frame(&guest::InterruptContextResponse { interrupted: true }), ok()]
+            vec![
+                frame(&guest::InterruptContextResponse { interrupted: true }),
+                ok(),
+            ]
         }
         "CreateContext" => {
             let asked = guest::CreateContextRequest::decode(first).unwrap();
@@ -205,7 +208,11 @@ fn answer(machine: &Machine, path: &str, sent: Vec<Bytes>) -> Response<Body> {
             let mut written = 0;
             let mut is_whole = false;
             for request in sent {
-                match guest::WriteRequest::decode(request).unwrap().message.unwrap() {
+                match guest::WriteRequest::decode(request)
+                    .unwrap()
+                    .message
+                    .unwrap()
+                {
                     Message::Open(open) => {
                         log!("open: {:?}", open.how());
                     }
@@ -367,7 +374,7 @@ fn metrics(asked: u32) -> Response<Body> {
             response
         }
         hostile::HUGE_TRAILERS => {
-            let huge = trailers(&[("grpc-status", b"0"), ("x", &long), ("y", &long)]);
+            let huge = trailers(&[("x", &long), ("y", &long), ("grpc-status", b"0")]);
             response(list(vec![message, huge]))
         }
         hostile::FORGED => {

@@ -15,7 +15,7 @@ async fn with_sandbox() -> (Host, Daemon, String) {
     (host, daemon, id)
 }
 
-fn soulbox(host: &Host, args: &[&str]) -> Command {
+pub(super) fn soulbox(host: &Host, args: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_soulbox"));
     command
         .env("SOULBOX_HOST", format!("unix:{}", host.socket().display()))
@@ -28,23 +28,25 @@ fn text(bytes: &[u8]) -> String {
 }
 
 /// What it printed, once it has succeeded.
-fn printed(output: Output) -> String {
+pub(super) fn printed(output: Output) -> String {
     assert!(output.status.success(), "{}", text(&output.stderr));
     text(&output.stdout)
 }
 
 fn lines(output: Output) -> Vec<Value> {
     let printed = printed(output);
-    let values = printed.lines().map(|line| serde_json::from_str(line).unwrap());
+    let values = printed
+        .lines()
+        .map(|line| serde_json::from_str(line).unwrap());
     values.collect()
 }
 
-fn signal(child: &std::process::Child, signal: rustix::process::Signal) {
+pub(super) fn signal(child: &std::process::Child, signal: rustix::process::Signal) {
     let pid = rustix::process::Pid::from_raw(child.id().try_into().unwrap()).unwrap();
     rustix::process::kill_process(pid, signal).unwrap();
 }
 
-fn wait_for(what: &str, mut done: impl FnMut() -> bool) {
+pub(super) fn wait_for(what: &str, mut done: impl FnMut() -> bool) {
     let deadline = Instant::now() + PATIENCE;
     while !done() {
         assert!(Instant::now() < deadline, "{what}");
@@ -77,8 +79,8 @@ pub(super) async fn a_terminal_is_the_programs() {
     assert!(!terminal.shown().contains('ä'), "{:?}", terminal.shown());
 
     // A terminal without its keys; and none at all.
-    let output = host.soulbox(&["exec", "--env", "TERM=x", "-t", &id, "terminal"]);
-    assert_eq!(output.status.code(), Some(125 + 4), "{}", text(&output.stderr));
+    let output = host.soulbox(&["exec", "--env", "TERM=x", "-t", &id, "terminal", "once"]);
+    assert_eq!(output.status.code(), Some(9), "{}", text(&output.stderr));
     assert!(text(&output.stdout).starts_with("size 80x24 TERM=x\r\n"));
     let output = host.soulbox(&["exec", "-it", &id, "terminal"]);
     assert_eq!(output.status.code(), Some(125));
@@ -121,14 +123,16 @@ pub(super) async fn a_terminal_is_as_it_was_afterwards() {
 pub(super) async fn a_program_is_left_listed_attached_to_and_killed() {
     let (host, _daemon, id) = with_sandbox().await;
     let id = id.as_str();
-    let started = printed(host.soulbox(&["exec", "-d", "--tag", "mine", id, "daemon", "a\x1b[2Jb"]));
+    let started =
+        printed(host.soulbox(&["exec", "-d", "--tag", "mine", id, "daemon", "a\x1b[2Jb"]));
     let program = started.trim();
     assert_eq!(program, "41");
     let listed = printed(host.soulbox(&["ps", id]));
     for expected in ["41", "running", "mine", "daemon a [2Jb"] {
         assert!(listed.contains(expected), "{listed}");
     }
-    let listed: Value = serde_json::from_str(&printed(host.soulbox(&["--json", "ps", id]))).unwrap();
+    let listed: Value =
+        serde_json::from_str(&printed(host.soulbox(&["--json", "ps", id]))).unwrap();
     assert_eq!(listed[0]["argv"], json!(["daemon", "a\x1b[2Jb"]));
     assert_eq!(listed[0]["exited"], Value::Null);
 
@@ -169,11 +173,21 @@ pub(super) async fn code_is_run_and_its_results_kept() {
     let (host, _daemon, id) = with_sandbox().await;
     let id = id.as_str();
     let saved = host.path("saved");
-    let ran = host.soulbox(&["code", "run", id, "--save-dir", saved.to_str().unwrap(), "1 + 1"]);
+    let ran = host.soulbox(&[
+        "code",
+        "run",
+        id,
+        "--save-dir",
+        saved.to_str().unwrap(),
+        "1 + 1",
+    ]);
     assert_eq!(printed(ran), "ran 1 + 1\n2\n");
     assert_eq!(fs::read(saved.join("result-1.png")).unwrap(), b"\x89PNG");
     let events = lines(host.soulbox(&["--json", "code", "run", id, "x"]));
-    let kinds: Vec<_> = events.iter().map(|event| event["event"].as_str().unwrap()).collect();
+    let kinds: Vec<_> = events
+        .iter()
+        .map(|event| event["event"].as_str().unwrap())
+        .collect();
     assert_eq!(kinds, ["started", "stdout", "result", "finished"]);
     assert_eq!(events[2]["data"]["image/png"], "iVBORw==");
 
@@ -187,7 +201,10 @@ pub(super) async fn code_is_run_and_its_results_kept() {
 
     let failed = host.soulbox(&["code", "run", "--language", "bash", id, "fail"]);
     assert_eq!(failed.status.code(), Some(1));
-    assert_eq!(text(&failed.stderr), "warned\nTraceback\nZeroDivisionError\n");
+    assert_eq!(
+        text(&failed.stderr),
+        "warned\nTraceback\nZeroDivisionError\n"
+    );
 
     // Ctrl-C interrupts the code.
     let mut waiting = soulbox(&host, &["--json", "code", "run", id, "wait"])
@@ -204,16 +221,27 @@ pub(super) async fn code_is_run_and_its_results_kept() {
     let made = printed(host.soulbox(&["code", "new", id, "--language", "javascript"]));
     assert_eq!(made, "abcd1234\n");
     let listed = printed(host.soulbox(&["code", "contexts", id]));
-    assert!(listed.contains("python") && listed.contains("/home/ [2J"), "{listed}");
+    assert!(
+        listed.contains("python") && listed.contains("/home/ [2J"),
+        "{listed}"
+    );
     // Only those that the template has are known to this agent.
-    assert!(!host.soulbox(&["code", "restart", id, "none"]).status.success());
+    assert!(
+        !host
+            .soulbox(&["code", "restart", id, "none"])
+            .status
+            .success()
+    );
 }
 
 pub(super) async fn files_are_listed_written_and_found() {
     let (host, _daemon, id) = with_sandbox().await;
     let id = id.as_str();
     let listed = printed(host.soulbox(&["fs", "ls", id, "folder"]));
-    assert!(listed.contains("-rw-r--r--") && listed.contains("b [31m"), "{listed}");
+    assert!(
+        listed.contains("-rw-r--r--") && listed.contains("b [31m"),
+        "{listed}"
+    );
     let listed: Value =
         serde_json::from_str(&printed(host.soulbox(&["fs", "ls", "--json", id]))).unwrap();
     assert_eq!(listed.as_array().unwrap().len(), 2);
@@ -227,7 +255,10 @@ pub(super) async fn files_are_listed_written_and_found() {
     assert!(pty::ended(writing).success());
     let log = fs::read_to_string(vmm_log(&host, id)).unwrap();
     let whole = format!("written: {}, whole: true", bytes.len());
-    assert!(log.contains("open: Append") && log.contains(&whole), "{log}");
+    assert!(
+        log.contains("open: Append") && log.contains(&whole),
+        "{log}"
+    );
     let found = printed(host.soulbox(&["fs", "find", id, "--grep", "fn", "src"]));
     assert_eq!(found, "src/a.rs:3:fn a() {}\n");
     let mut watching = soulbox(&host, &["fs", "watch", id, "-r", "."])
@@ -249,7 +280,10 @@ pub(super) async fn files_are_listed_written_and_found() {
 pub(super) async fn what_goes_on_is_shown() {
     let (host, _daemon, id) = with_sandbox().await;
     let page = printed(host.soulbox(&["top", "--once", &id]));
-    assert!(page.contains("2 CPUs") && page.contains("/sbin/init ]0;x"), "{page}");
+    assert!(
+        page.contains("2 CPUs") && page.contains("/sbin/init ]0;x"),
+        "{page}"
+    );
     let [metrics] = &lines(host.soulbox(&["top", "--once", "--json", &id]))[..] else {
         panic!("not one line");
     };
@@ -258,7 +292,9 @@ pub(super) async fn what_goes_on_is_shown() {
     let terminal = Terminal::new(80, 24);
     let mut child = terminal.spawn(&mut soulbox(&host, &["top", "--interval", "10ms", &id]));
     terminal.wait_for("\x1b[Hup 5s");
-    wait_for("it is drawn once", || terminal.shown().matches("\x1b[H").count() > 2);
+    wait_for("it is drawn once", || {
+        terminal.shown().matches("\x1b[H").count() > 2
+    });
     child.kill().unwrap();
     child.wait().unwrap();
 }

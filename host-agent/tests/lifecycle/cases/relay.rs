@@ -46,7 +46,11 @@ pub(super) async fn every_end_of_a_sandbox_ends_its_calls() {
         "SANDBOX_DIED",
     ] {
         let other = make(&mut client).await;
-        let id = if expected == "SANDBOX_DIED" { &other } else { &id };
+        let id = if expected == "SANDBOX_DIED" {
+            &other
+        } else {
+            &id
+        };
         let calls = endless(&mut client, id).await;
         match expected {
             "SANDBOX_PAUSED" => drop(pause(&mut client, id).await.unwrap()),
@@ -162,7 +166,9 @@ pub(super) async fn what_a_hostile_agent_says_does_no_harm() {
         assert!(size < 4096, "{processes}: {status:?}");
         assert!(!status.message().contains('\x1b'), "{status:?}");
         assert!(status.metadata().get("soulbox-forged").is_none());
-        let reply = metrics.get_metrics(to(&id, GetMetricsRequest::default())).await;
+        let reply = metrics
+            .get_metrics(to(&id, GetMetricsRequest::default()))
+            .await;
         let reply = reply.unwrap();
         assert!(reply.metadata().get("soulbox-forged").is_none());
         assert_eq!(reply.get_ref().cpus, 2);
