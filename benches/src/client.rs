@@ -5,17 +5,21 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use hyper_util::rt::TokioIo;
+use soulbox_proto::guest::SANDBOX_METADATA;
+use soulbox_proto::guest::v1::process_service_client::ProcessServiceClient;
 use soulbox_proto::guest::v1::{
-    ProcessInput, ProcessSpec, StdinEof, exec_response::Event, exited, process_input,
+    ExecRequest, ProcessInput, ProcessSpec, StdinEof, exec_request, exec_response::Event, exited,
+    process_input,
 };
 use soulbox_proto::host::v1::sandbox_service_client::SandboxServiceClient;
 use soulbox_proto::host::v1::{
-    CreateSandboxRequest, CreateSandboxResponse, DeleteSandboxRequest, ExecRequest, ExecStart,
-    ForkSandboxRequest, ForkSandboxResponse, GetSandboxRequest, PauseSandboxRequest, Resources,
-    ResumeSandboxRequest, Sandbox, SnapshotSandboxRequest, SnapshotSandboxResponse, StageTime,
-    Usage, create_sandbox_request, exec_request,
+    CreateSandboxRequest, CreateSandboxResponse, DeleteSandboxRequest, ForkSandboxRequest,
+    ForkSandboxResponse, GetSandboxRequest, PauseSandboxRequest, Resources, ResumeSandboxRequest,
+    Sandbox, SnapshotSandboxRequest, SnapshotSandboxResponse, StageTime, Usage,
+    create_sandbox_request,
 };
 use tokio::net::UnixStream;
+use tonic::Request;
 use tonic::transport::{Channel, Endpoint};
 
 /// How long the daemon may take to have its template's snapshot.
@@ -23,7 +27,10 @@ const TEMPLATE: Duration = Duration::from_secs(900);
 /// Of one message of a program's input, in bytes.
 const INPUT_BYTES: usize = 1 << 20;
 
-pub(crate) struct Client(SandboxServiceClient<Channel>);
+pub(crate) struct Client {
+    sandboxes: SandboxServiceClient<Channel>,
+    processes: ProcessServiceClient<Channel>,
+}
 
 // === impl Client ===
 
@@ -37,7 +44,10 @@ impl Client {
             }))
             .await
             .with_context(|| format!("connecting to soulboxd at {}", socket.display()))?;
-        Ok(Self(SandboxServiceClient::new(channel)))
+        Ok(Self {
+            sandboxes: SandboxServiceClient::new(channel.clone()),
+            processes: ProcessServiceClient::new(channel),
+        })
     }
 
     /// From the default template, of its default size or with other memory.
@@ -62,7 +72,7 @@ impl Client {
     }
 
     async fn create_as(&mut self, request: CreateSandboxRequest) -> Result<CreateSandboxResponse> {
-        let created = self.0.create_sandbox(request).await;
+        let created = self.sandboxes.create_sandbox(request).await;
         Ok(created.context("CreateSandbox")?.into_inner())
     }
 
@@ -90,7 +100,7 @@ impl Client {
             id: id.to_owned(),
             force: true,
         };
-        self.0
+        self.sandboxes
             .delete_sandbox(request)
             .await
             .context("DeleteSandbox")?;
@@ -99,7 +109,11 @@ impl Client {
 
     pub(crate) async fn usage(&mut self, id: &str) -> Result<Usage> {
         let request = GetSandboxRequest { id: id.to_owned() };
-        let got = self.0.get_sandbox(request).await.context("GetSandbox")?;
+        let got = self
+            .sandboxes
+            .get_sandbox(request)
+            .await
+            .context("GetSandbox")?;
         got.into_inner()
             .usage
             .with_context(|| format!("{id} is not running"))
@@ -110,13 +124,13 @@ impl Client {
             id: id.to_owned(),
             cold: false,
         };
-        let paused = self.0.pause_sandbox(request).await;
+        let paused = self.sandboxes.pause_sandbox(request).await;
         Ok(paused.context("PauseSandbox")?.into_inner().stages)
     }
 
     pub(crate) async fn resume(&mut self, id: &str) -> Result<Vec<StageTime>> {
         let request = ResumeSandboxRequest { id: id.to_owned() };
-        let resumed = self.0.resume_sandbox(request).await;
+        let resumed = self.sandboxes.resume_sandbox(request).await;
         Ok(resumed.context("ResumeSandbox")?.into_inner().stages)
     }
 
@@ -125,7 +139,7 @@ impl Client {
             id: id.to_owned(),
             ..Default::default()
         };
-        let snapshot = self.0.snapshot_sandbox(request).await;
+        let snapshot = self.sandboxes.snapshot_sandbox(request).await;
         Ok(snapshot.context("SnapshotSandbox")?.into_inner())
     }
 
@@ -135,7 +149,11 @@ impl Client {
             count,
             ..Default::default()
         };
-        let forked = self.0.fork_sandbox(request).await.context("ForkSandbox")?;
+        let forked = self
+            .sandboxes
+            .fork_sandbox(request)
+            .await
+            .context("ForkSandbox")?;
         Ok(forked.into_inner())
     }
 
@@ -160,12 +178,7 @@ impl Client {
             stdin: input.is_some(),
             ..Default::default()
         };
-        let start = exec_request::Message::Start(ExecStart {
-            sandbox_id: id.to_owned(),
-            process: Some(process),
-            delete_sandbox_after: false,
-        });
-        let mut messages = vec![start];
+        let mut messages = vec![exec_request::Message::Start(process)];
         if let Some(input) = input {
             let chunks = input.chunks(INPUT_BYTES);
             messages.extend(
@@ -176,7 +189,11 @@ impl Client {
         let requests = tokio_stream::iter(messages.into_iter().map(|message| ExecRequest {
             message: Some(message),
         }));
-        let mut responses = self.0.exec(requests).await.context("Exec")?.into_inner();
+        let mut request = Request::new(requests);
+        let sandbox = id.parse().context("a sandbox id that is none")?;
+        request.metadata_mut().insert(SANDBOX_METADATA, sandbox);
+        let responses = self.processes.exec(request).await.context("Exec")?;
+        let mut responses = responses.into_inner();
         let mut said = Vec::new();
         while let Some(response) = responses.message().await.context("Exec")? {
             match response.event {

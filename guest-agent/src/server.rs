@@ -30,8 +30,10 @@ use crate::system::System;
 
 /// What a call may send before it is read. The window of its connection is the
 /// largest that HTTP/2 has: calls that nobody reads must not hold up the others.
-const STREAM_WINDOW_BYTES: u32 = 256 * 1024;
+const STREAM_WINDOW_BYTES: u32 = 1024 * 1024;
 const CONNECTION_WINDOW_BYTES: u32 = (1 << 31) - 1;
+/// Chunks of files and of programs' input are one frame each.
+const FRAME_BYTES: u32 = 256 * 1024;
 
 /// Every service of the agent. Routes by name itself: a router for a few names
 /// would bring a web framework into every snapshot.
@@ -76,6 +78,7 @@ impl Services {
         Server::builder()
             .initial_stream_window_size(STREAM_WINDOW_BYTES)
             .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
+            .max_frame_size(FRAME_BYTES)
             .serve_with_incoming_shutdown(self, connections, stop)
             .await
     }

@@ -7,12 +7,14 @@ mod support;
 use std::path::Path;
 use std::process::Command;
 
+use soulbox_proto::guest::SANDBOX_METADATA;
+use soulbox_proto::guest::v1::system_service_client::SystemServiceClient;
+use soulbox_proto::guest::v1::{HealthRequest, ListProcessesRequest};
 use soulbox_proto::host::v1::{
-    CreateSandboxRequest, DeleteSandboxRequest, ExecRequest, ExecStart, GetNodeRequest,
-    GetSandboxRequest, ListSandboxesRequest, ListTemplatesRequest, Resources,
-    WatchSandboxesRequest, exec_request,
+    CreateSandboxRequest, DeleteSandboxRequest, GetNodeRequest, GetSandboxRequest,
+    ListSandboxesRequest, ListTemplatesRequest, Resources, WatchSandboxesRequest,
 };
-use support::{AARCH64, Host, X86_64, elf, fields, reason};
+use support::{AARCH64, Host, X86_64, elf, fields, reason, to};
 use tonic::{Code, Status};
 use tonic_health::pb::HealthCheckRequest;
 use tonic_health::pb::health_check_response::ServingStatus;
@@ -359,30 +361,22 @@ async fn what_is_not_there_is_said_and_deleting_it_succeeds() {
         force: false,
     };
     client.delete_sandbox(delete).await.unwrap();
-    let start = ExecRequest {
-        message: Some(exec_request::Message::Start(ExecStart {
-            sandbox_id: NO_SANDBOX.to_owned(),
-            process: Some(Default::default()),
-            delete_sandbox_after: false,
-        })),
-    };
-    let mut responses = client
-        .exec(tokio_stream::once(start))
-        .await
-        .unwrap()
-        .into_inner();
-    let status = responses.message().await.unwrap_err();
-    assert_eq!(reason(&status), "SANDBOX_NOT_FOUND");
-    let bad_id = ExecRequest {
-        message: Some(exec_request::Message::Start(ExecStart {
-            sandbox_id: "../etc".to_owned(),
-            ..ExecStart::default()
-        })),
-    };
-    let status = client.exec(tokio_stream::once(bad_id)).await.unwrap_err();
-    assert_eq!(fields(&status), ["start.sandbox_id"]);
-    let empty = client.exec(tokio_stream::empty()).await.unwrap_err();
-    assert_eq!(fields(&empty), ["start"]);
+    let mut processes = client.processes();
+    let list = ListProcessesRequest {};
+    let status = processes.list_processes(to(NO_SANDBOX, list)).await;
+    assert_eq!(reason(&status.unwrap_err()), "SANDBOX_NOT_FOUND");
+    let status = processes
+        .exec(to(NO_SANDBOX, tokio_stream::pending()))
+        .await;
+    assert_eq!(reason(&status.unwrap_err()), "SANDBOX_NOT_FOUND");
+    let status = processes.list_processes(to("../etc", list)).await;
+    assert_eq!(fields(&status.unwrap_err()), [SANDBOX_METADATA]);
+    let status = processes.list_processes(list).await;
+    assert_eq!(fields(&status.unwrap_err()), [SANDBOX_METADATA]);
+    // What sets a guest up is the daemon's alone.
+    let mut system = SystemServiceClient::new(client.channel.clone());
+    let status = system.health(to(NO_SANDBOX, HealthRequest {})).await;
+    assert_eq!(status.unwrap_err().code(), Code::Unimplemented);
     let output = host.soulbox(&["exec", NO_SANDBOX, "--", "true"]);
     assert_eq!(output.status.code(), Some(125));
     assert!(host.soulbox(&["rm", NO_SANDBOX]).status.success());
@@ -451,9 +445,18 @@ async fn reflection_and_health_answer() {
     for expected in [
         "soulbox.host.v1.SandboxService",
         "soulbox.host.v1.NodeService",
+        "soulbox.host.v1.NetworkService",
+        "soulbox.guest.v1.ProcessService",
+        "soulbox.guest.v1.FilesystemService",
+        "soulbox.guest.v1.CodeService",
+        "soulbox.guest.v1.MetricsService",
         "grpc.health.v1.Health",
     ] {
         assert!(names.iter().any(|name| name == expected), "{names:?}");
+    }
+    for other in ["SystemService", "PortService"] {
+        let other = format!("soulbox.guest.v1.{other}");
+        assert!(!names.contains(&other), "{names:?}");
     }
 }
 

@@ -33,7 +33,11 @@ pub mod guest {
     pub const RPC_PORT: u32 = 1024;
     /// The host's vsock port to which the agent makes its ready-call.
     pub const READY_PORT: u32 = 1025;
-    /// The most bytes of one request, to the agent and to the daemon before it.
+    /// The metadata by which a call to soulboxd names the sandbox that it is for.
+    pub const SANDBOX_METADATA: &str = "soulbox-sandbox";
+    /// Beside it: "true" deletes the sandbox when the call ends, however it ends.
+    pub const DELETE_AFTER_METADATA: &str = "soulbox-delete-sandbox-after";
+    /// The most bytes of one request to the agent.
     /// An argument list can have several megabytes; the kernel refuses those
     /// that are too long, and says so better.
     pub const MAX_REQUEST_BYTES: usize = 8 * 1024 * 1024;

@@ -111,7 +111,9 @@ impl Interpreter {
         // Above the numbers that it and stdio get in the child.
         let theirs = fcntl_dupfd_cloexec(&theirs, 10).map_err(std::io::Error::from)?;
         let (user, cwd) = place_of(spec);
-        let process = processes.start_with_channel(process_spec(spec)?, theirs).await;
+        let process = processes
+            .start_with_channel(process_spec(spec)?, theirs)
+            .await;
         let mut process = process.map_err(|error| not_started(error, runner))?;
         let Some(Stdio::Pipes { stdout, stderr, .. }) = process.stdio.take() else {
             return Err(std::io::Error::from(Errno::BADF).into());

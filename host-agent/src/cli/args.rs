@@ -6,8 +6,12 @@ use std::time::Duration;
 use clap::builder::{PathBufValueParser, TypedValueParser as _};
 use clap::{Parser, Subcommand, ValueEnum, ValueHint};
 
+use super::code::CodeCommand;
+use super::files::FsCommand;
 use super::policy::{Additions, Base, NetArgs};
 use super::ports::Mapping;
+use super::processes::{AttachArgs, KillArgs};
+use super::top::TopArgs;
 
 const DEFAULT_HOST: &str = "unix:/run/soulbox/soulboxd.sock";
 
@@ -21,6 +25,10 @@ pub(super) struct Args {
 
     #[arg(long, global = true, value_enum, default_value_t)]
     pub(super) output: Output,
+
+    /// The same as --output json.
+    #[arg(long, global = true)]
+    pub(super) json: bool,
 
     #[command(subcommand)]
     pub(super) command: Command,
@@ -43,6 +51,30 @@ pub(super) enum Command {
     Run(RunArgs),
     /// Run a program in a sandbox that exists; exit codes are those of `run`.
     Exec(ExecArgs),
+    /// List the programs of a sandbox: those that run, and those that ended of late.
+    Ps {
+        /// The sandbox.
+        id: String,
+    },
+    /// Show what a program says, from what is kept of its output on; exit codes are
+    /// those of `run`.
+    ///
+    /// Ctrl-C leaves it running, unless it has a terminal and takes keys.
+    Attach(AttachArgs),
+    /// Send a program a signal.
+    Kill(KillArgs),
+    /// Run code in interpreters that keep their state between runs.
+    Code {
+        #[command(subcommand)]
+        command: CodeCommand,
+    },
+    /// Files of a sandbox.
+    Fs {
+        #[command(subcommand)]
+        command: FsCommand,
+    },
+    /// Show what goes on in a sandbox: CPU, memory, disks, pressure, processes.
+    Top(TopArgs),
     /// Make a sandbox and print its id.
     Create(CreateArgs),
     /// List sandboxes in the order of their creation.
@@ -236,7 +268,12 @@ pub(super) struct RunArgs {
     #[arg(long)]
     pub(super) timings: bool,
     /// The program and its arguments.
-    #[arg(required = true, trailing_var_arg = true, value_name = "COMMAND")]
+    #[arg(
+        required_unless_present = "shell",
+        conflicts_with = "shell",
+        trailing_var_arg = true,
+        value_name = "COMMAND"
+    )]
     pub(super) argv: Vec<OsString>,
 }
 
@@ -244,10 +281,18 @@ pub(super) struct RunArgs {
 pub(super) struct ExecArgs {
     /// The sandbox.
     pub(super) id: String,
+    /// Print the program's id and leave it running.
+    #[arg(short, long)]
+    pub(super) detach: bool,
     #[command(flatten)]
     pub(super) process: ProcessArgs,
     /// The program and its arguments.
-    #[arg(required = true, trailing_var_arg = true, value_name = "COMMAND")]
+    #[arg(
+        required_unless_present = "shell",
+        conflicts_with = "shell",
+        trailing_var_arg = true,
+        value_name = "COMMAND"
+    )]
     pub(super) argv: Vec<OsString>,
 }
 
@@ -305,6 +350,12 @@ pub(super) struct ProcessArgs {
     /// Pass standard input to the program.
     #[arg(short, long)]
     pub(super) interactive: bool,
+    /// Give the program a terminal; with -i, this one's keys and size.
+    #[arg(short, long)]
+    pub(super) tty: bool,
+    /// Run a line of the user's shell in the place of COMMAND.
+    #[arg(long, value_name = "LINE")]
+    pub(super) shell: Option<OsString>,
     /// Add a variable to the program's environment; may be repeated.
     #[arg(long = "env", short = 'e', value_name = "NAME=VALUE")]
     pub(super) env: Vec<OsString>,
@@ -317,6 +368,29 @@ pub(super) struct ProcessArgs {
     /// Kill the program after this long, such as 500ms, 30s or 5m.
     #[arg(long, value_parser = duration)]
     pub(super) timeout: Option<Duration>,
+    #[command(flatten)]
+    pub(super) limits: LimitArgs,
+    /// What `soulbox ps` shows beside it.
+    #[arg(long, default_value = "", hide_default_value = true)]
+    pub(super) tag: String,
+}
+
+/// Of a program with all that it starts.
+#[derive(Debug, clap::Args)]
+pub(super) struct LimitArgs {
+    /// How it yields to others: -20 (least) to 19.
+    #[arg(long, default_value_t = 0, hide_default_value = true, allow_negative_numbers = true,
+        value_parser = clap::value_parser!(i32).range(-20..=19))]
+    pub(super) nice: i32,
+    /// CPUs that it may use, such as 0.5.
+    #[arg(long, value_name = "NUMBER", value_parser = millis_of_cpu)]
+    pub(super) cpus: Option<u64>,
+    /// Memory beyond which it is killed, such as 512M or 2G.
+    #[arg(long = "memory-limit", value_name = "SIZE", value_parser = size)]
+    pub(super) memory: Option<u64>,
+    /// Processes that it may have at once.
+    #[arg(long, value_name = "NUMBER", value_parser = clap::value_parser!(u64).range(1..))]
+    pub(super) pids: Option<u64>,
 }
 
 // === impl Command ===
@@ -324,7 +398,15 @@ pub(super) struct ProcessArgs {
 impl Command {
     /// Whether its exit code is a program's.
     pub(super) fn runs_a_program(&self) -> bool {
-        matches!(self, Self::Run(_) | Self::Exec(_))
+        matches!(
+            self,
+            Self::Run(_)
+                | Self::Exec(_)
+                | Self::Attach(_)
+                | Self::Code {
+                    command: CodeCommand::Run(_)
+                }
+        )
     }
 }
 
@@ -335,8 +417,37 @@ fn pair(text: &str) -> Result<(String, String), String> {
     }
 }
 
+/// Thousandths of "0.5" or "2".
+fn millis_of_cpu(text: &str) -> Result<u64, String> {
+    let mend = || format!("{text:?} is no number of CPUs; give one such as 0.5 or 2");
+    let (whole, part) = text.split_once('.').unwrap_or((text, ""));
+    let is_number = |digits: &str| digits.bytes().all(|byte| byte.is_ascii_digit());
+    if !is_number(whole) || !is_number(part) || part.len() > 3 {
+        return Err(mend());
+    }
+    // "5" is 500 thousandths.
+    let millis: Option<u64> = format!("{whole}{part:0<3}").parse().ok();
+    millis.filter(|&millis| millis > 0).ok_or_else(mend)
+}
+
+/// "4096", "64k", "512M" or "2G": bytes, in powers of 1,024.
+pub(super) fn size(text: &str) -> Result<u64, String> {
+    let mend = || format!("{text:?} is no size; give one such as 64k, 512M or 2G");
+    let number = text.strip_suffix("iB").unwrap_or(text);
+    let units = [("k", 10), ("K", 10), ("M", 20), ("G", 30), ("T", 40)];
+    let (number, shift) = units
+        .into_iter()
+        .find_map(|(unit, shift)| Some((number.strip_suffix(unit)?, shift)))
+        .unwrap_or((number, 0));
+    // Parsing would take a sign.
+    let digits = number.bytes().all(|byte| byte.is_ascii_digit());
+    let number: Option<u64> = number.parse().ok().filter(|_| digits);
+    let bytes = number.and_then(|number| number.checked_mul(1 << shift));
+    bytes.filter(|&bytes| bytes > 0).ok_or_else(mend)
+}
+
 /// "500ms", "30s", "5m", "2h" or "1d"; a bare number is seconds.
-fn duration(text: &str) -> Result<Duration, String> {
+pub(super) fn duration(text: &str) -> Result<Duration, String> {
     let mend = || format!("{text:?} is no duration; give one such as 500ms, 30s, 5m, 2h or 1d");
     let digits = text
         .find(|character: char| !character.is_ascii_digit())
@@ -386,6 +497,52 @@ mod tests {
         assert_eq!(run.argv[..3], ["ls", "-l", "--keep"].map(OsString::from));
         assert_eq!(run.argv.last(), Some(&odd));
         assert!(run.process.interactive && !run.keep);
+    }
+
+    #[test]
+    fn a_program_is_argv_or_a_line() {
+        let parse = |args: &[&str]| {
+            let args = ["soulbox", "exec"].iter().chain(args);
+            match Args::try_parse_from(args)?.command {
+                Command::Exec(args) => Ok::<_, clap::Error>(args),
+                other => panic!("{other:?}"),
+            }
+        };
+        let exec = parse(&["-it", "sb-1", "vim", "-t", "x"]).unwrap();
+        assert!(exec.process.interactive && exec.process.tty && !exec.detach);
+        assert_eq!(exec.argv, ["vim", "-t", "x"].map(OsString::from));
+        let line = parse(&[
+            "-d", "--nice", "-5", "--cpus", "1.5", "--shell", "a | b", "sb-1",
+        ]);
+        let line = line.unwrap();
+        assert!(line.detach && line.argv.is_empty());
+        assert_eq!(line.process.shell, Some("a | b".into()));
+        assert_eq!(
+            (line.process.limits.nice, line.process.limits.cpus),
+            (-5, Some(1500))
+        );
+        for wrong in [
+            &["sb-1"][..],
+            &["--shell", "a", "sb-1", "b"],
+            &["--nice", "20", "sb-1", "a"],
+        ] {
+            assert!(parse(wrong).is_err(), "{wrong:?}");
+        }
+    }
+
+    #[test]
+    fn amounts_have_units() {
+        assert_eq!(millis_of_cpu("2"), Ok(2000));
+        assert_eq!(millis_of_cpu("0.25"), Ok(250));
+        for bad in ["", "0", "-1", "1.2345", "1e3", ".", "99999999999999999999"] {
+            assert!(millis_of_cpu(bad).is_err(), "{bad}");
+        }
+        assert_eq!(size("4096"), Ok(4096));
+        assert_eq!(size("64k"), Ok(64 << 10));
+        assert_eq!(size("2GiB"), Ok(2 << 30));
+        for bad in ["", "0", "k", "+1", "1.5M", "1m", "17179869184G"] {
+            assert!(size(bad).is_err(), "{bad}");
+        }
     }
 
     #[test]

@@ -6,21 +6,46 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use hyper_util::rt::TokioIo;
+use soulbox_proto::guest::v1::code_service_client::CodeServiceClient;
+use soulbox_proto::guest::v1::filesystem_service_client::FilesystemServiceClient;
+use soulbox_proto::guest::v1::metrics_service_client::MetricsServiceClient;
+use soulbox_proto::guest::v1::process_service_client::ProcessServiceClient;
+use soulbox_proto::guest::{DELETE_AFTER_METADATA, SANDBOX_METADATA};
 use soulbox_proto::host::v1::network_service_client::NetworkServiceClient;
 use soulbox_proto::host::v1::node_service_client::NodeServiceClient;
 use soulbox_proto::host::v1::sandbox_service_client::SandboxServiceClient;
 use tokio::net::UnixStream;
+use tonic::metadata::{Ascii, MetadataValue};
+use tonic::service::Interceptor;
+use tonic::service::interceptor::InterceptedService;
 use tonic::transport::{Channel, Endpoint};
+use tonic::{Request, Status};
 
 use super::error::CliError;
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 const WINDOW_BYTES: u32 = 1024 * 1024;
+/// The largest that HTTP/2 has: a call that waits for its reader holds up no other.
+const CONNECTION_WINDOW_BYTES: u32 = (1 << 31) - 1;
+/// Chunks of files and of programs' output are one frame each.
+const FRAME_BYTES: u32 = 256 * 1024;
+/// One result may be as large as all of a run's: 64 MiB, and its envelope.
+const MAX_RESULT_BYTES: usize = 65 * 1024 * 1024;
 
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Host {
     Unix(PathBuf),
     Tcp(String),
+}
+
+/// The way to one sandbox's services.
+pub(super) type Guest = InterceptedService<Channel, Named>;
+
+/// Names the sandbox that calls are for.
+#[derive(Debug, Clone)]
+pub(super) struct Named {
+    sandbox: MetadataValue<Ascii>,
+    delete_after: bool,
 }
 
 // === impl Host ===
@@ -55,6 +80,45 @@ impl Host {
 
     pub(super) async fn network(&self) -> Result<NetworkServiceClient<Channel>, CliError> {
         Ok(NetworkServiceClient::new(self.channel().await?))
+    }
+
+    pub(super) async fn processes(
+        &self,
+        id: &str,
+    ) -> Result<ProcessServiceClient<Guest>, CliError> {
+        Ok(ProcessServiceClient::new(self.guest(id, false).await?))
+    }
+
+    /// As [`Self::processes`]; the sandbox is deleted when a call ends.
+    pub(super) async fn last_process(
+        &self,
+        id: &str,
+    ) -> Result<ProcessServiceClient<Guest>, CliError> {
+        Ok(ProcessServiceClient::new(self.guest(id, true).await?))
+    }
+
+    pub(super) async fn files(&self, id: &str) -> Result<FilesystemServiceClient<Guest>, CliError> {
+        Ok(FilesystemServiceClient::new(self.guest(id, false).await?))
+    }
+
+    pub(super) async fn code(&self, id: &str) -> Result<CodeServiceClient<Guest>, CliError> {
+        let client = CodeServiceClient::new(self.guest(id, false).await?);
+        Ok(client.max_decoding_message_size(MAX_RESULT_BYTES))
+    }
+
+    pub(super) async fn metrics(&self, id: &str) -> Result<MetricsServiceClient<Guest>, CliError> {
+        Ok(MetricsServiceClient::new(self.guest(id, false).await?))
+    }
+
+    /// What calls to the services of sandbox `id` go through.
+    async fn guest(&self, id: &str, delete_after: bool) -> Result<Guest, CliError> {
+        let named = Named {
+            sandbox: id
+                .parse()
+                .map_err(|_| CliError::SandboxId { id: id.to_owned() })?,
+            delete_after,
+        };
+        Ok(InterceptedService::new(self.channel().await?, named))
     }
 
     async fn channel(&self) -> Result<Channel, CliError> {
@@ -93,13 +157,27 @@ impl Host {
     }
 }
 
+// === impl Named ===
+
+impl Interceptor for Named {
+    fn call(&mut self, mut request: Request<()>) -> Result<Request<()>, Status> {
+        let metadata = request.metadata_mut();
+        metadata.insert(SANDBOX_METADATA, self.sandbox.clone());
+        if self.delete_after {
+            metadata.insert(DELETE_AFTER_METADATA, MetadataValue::from_static("true"));
+        }
+        Ok(request)
+    }
+}
+
 fn endpoint(address: &str) -> Endpoint {
     // Parsed once already, or a constant.
     Endpoint::from_shared(address.to_owned())
         .unwrap_or_else(|_| Endpoint::from_static("http://soulboxd"))
         .connect_timeout(CONNECT_TIMEOUT)
         .initial_stream_window_size(WINDOW_BYTES)
-        .initial_connection_window_size(WINDOW_BYTES)
+        .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
+        .max_frame_size(FRAME_BYTES)
 }
 
 #[cfg(test)]

@@ -26,6 +26,18 @@ pub(super) enum CliError {
         "the call ended without the program's exit status; see whether the sandbox is still there with `soulbox ls`"
     )]
     NoExit,
+    #[error("{id:?} is no sandbox's id; `soulbox ls` shows those that are")]
+    SandboxId { id: String },
+    #[error("standard input is no terminal; run this in one, or leave --tty away")]
+    NoTerminal,
+    #[error("the terminal's settings cannot be changed ({0})")]
+    Terminal(#[source] io::Error),
+    #[error("standard input cannot be read ({0})")]
+    Input(#[source] io::Error),
+    #[error("{} cannot be written ({source}); see its folder and its permissions", .path.display())]
+    Save { path: PathBuf, source: io::Error },
+    #[error("the code is not UTF-8; give text")]
+    CodeNotText,
     #[error("{variable:?} is no variable; give NAME=VALUE to --env")]
     Env { variable: String },
     #[error("{path} cannot be read ({source}); give off, internet, or a file with a policy")]

@@ -1,26 +1,32 @@
 //! `soulbox`: the command line.
 
 mod args;
+mod code;
 mod commands;
 mod connect;
 mod deletions;
 mod error;
 mod exec;
+mod files;
 mod network;
 mod output;
 mod policy;
 mod ports;
+mod processes;
 mod run;
+mod session;
 mod signals;
 mod snapshots;
 mod stdio;
+mod terminal;
+mod top;
 mod tunnel;
 
 use std::process::ExitCode;
 
 use clap::{CommandFactory as _, Parser as _};
 
-use self::args::{Args, Command, NetCommand, SnapshotCommand, TemplateCommand};
+use self::args::{Args, Command, NetCommand, Output, SnapshotCommand, TemplateCommand};
 use self::error::CliError;
 
 /// What `run` and `exec` end with when the fault is SoulBox's and not the
@@ -70,10 +76,16 @@ pub fn main() -> ExitCode {
 
 async fn dispatch(args: Args) -> Result<u8, CliError> {
     let host = connect::Host::parse(&args.host)?;
-    let output = args.output;
+    let output = if args.json { Output::Json } else { args.output };
     match args.command {
         Command::Run(run) => run::run(&host, output, run).await,
-        Command::Exec(exec) => exec::exec(&host, exec).await,
+        Command::Exec(exec) => exec::exec(&host, output, exec).await,
+        Command::Ps { id } => processes::ps(&host, output, &id).await,
+        Command::Attach(attach) => processes::attach(&host, attach).await,
+        Command::Kill(kill) => processes::kill(&host, kill).await,
+        Command::Code { command } => code::code(&host, output, command).await,
+        Command::Fs { command } => files::files(&host, output, command).await,
+        Command::Top(top) => top::top(&host, output, top).await,
         Command::Create(create) => commands::create(&host, output, create).await,
         Command::Ls { labels } => commands::ls(&host, output, labels).await,
         Command::Get { id } => commands::get(&host, output, id).await,
@@ -117,7 +129,7 @@ fn usage(error: &clap::Error) -> ExitCode {
     let _ = error.print();
     let program_was_to_run = std::env::args_os()
         .take_while(|arg| arg != "--")
-        .any(|arg| arg == "run" || arg == "exec");
+        .any(|arg| arg == "run" || arg == "exec" || arg == "attach");
     match error.exit_code() {
         0 => ExitCode::SUCCESS,
         _ if program_was_to_run => ExitCode::from(OWN_FAILURE),

@@ -3,9 +3,7 @@
 use std::time::{Duration, Instant};
 
 use soulbox_proto::host::v1::sandbox_service_client::SandboxServiceClient;
-use soulbox_proto::host::v1::{
-    CreateSandboxRequest, DeleteSandboxRequest, ExecStart, Resources, StageTime,
-};
+use soulbox_proto::host::v1::{CreateSandboxRequest, DeleteSandboxRequest, Resources, StageTime};
 use tonic::transport::Channel;
 
 use super::args::{Output, RunArgs, SandboxArgs};
@@ -20,6 +18,7 @@ const CLEAN_UP: Duration = Duration::from_secs(10);
 
 pub(super) async fn run(host: &Host, format: Output, args: RunArgs) -> Result<u8, CliError> {
     let process = exec::process(args.process, args.argv)?;
+    exec::check_terminal(&process)?;
     let request = create_request(args.sandbox, String::new())?;
     let mut signals = Signals::install()?;
     let mut client = host.sandboxes().await?;
@@ -32,13 +31,15 @@ pub(super) async fn run(host: &Host, format: Output, args: RunArgs) -> Result<u8
         .sandbox
         .map(|sandbox| sandbox.id)
         .unwrap_or_default();
-    let start = ExecStart {
-        sandbox_id: id.clone(),
-        process: Some(process),
-        delete_sandbox_after: !args.keep,
-    };
     let began = Instant::now();
-    let outcome = exec::attach(&mut client, start, &mut signals).await;
+    let outcome = async {
+        let mut processes = match args.keep {
+            true => host.processes(&id).await?,
+            false => host.last_process(&id).await?,
+        };
+        exec::attached(&mut processes, process, &mut signals).await
+    };
+    let outcome = outcome.await;
     if args.keep {
         eprintln!("soulbox: kept {id}");
     } else if outcome.is_err() {

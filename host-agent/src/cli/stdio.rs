@@ -3,7 +3,6 @@
 use std::io::Read as _;
 
 use soulbox_proto::guest::v1::{ProcessInput, StdinEof, process_input};
-use soulbox_proto::host::v1::{ExecRequest, exec_request};
 use tokio::io::{AsyncWrite, AsyncWriteExt as _};
 use tokio::sync::mpsc;
 
@@ -11,21 +10,18 @@ use super::error::CliError;
 
 const CHUNK_BYTES: usize = 64 * 1024;
 
-/// Of a program's standard input, or its end.
-pub(super) fn exec_input(chunk: Option<Vec<u8>>) -> ExecRequest {
-    input(match chunk {
-        Some(bytes) => process_input::Input::Stdin(bytes.into()),
-        None => process_input::Input::StdinEof(StdinEof {}),
-    })
-}
-
-/// One input message.
-pub(super) fn input(input: process_input::Input) -> ExecRequest {
-    ExecRequest {
-        message: Some(exec_request::Message::Input(ProcessInput {
-            input: Some(input),
-        })),
-    }
+/// Sends a program its standard input and its end, as what `request` makes of that.
+pub(super) fn forward_input<T: Send + 'static>(
+    requests: mpsc::Sender<T>,
+    request: fn(ProcessInput) -> T,
+) {
+    forward_stdin(requests, move |chunk| {
+        let input = match chunk {
+            Some(bytes) => process_input::Input::Stdin(bytes.into()),
+            None => process_input::Input::StdinEof(StdinEof {}),
+        };
+        request(ProcessInput { input: Some(input) })
+    });
 }
 
 /// Sends standard input as what `message` makes of a chunk, or of the end. A thread
@@ -33,7 +29,7 @@ pub(super) fn input(input: process_input::Input) -> ExecRequest {
 /// program from ending.
 pub(super) fn forward_stdin<T: Send + 'static>(
     requests: mpsc::Sender<T>,
-    message: fn(Option<Vec<u8>>) -> T,
+    message: impl Fn(Option<Vec<u8>>) -> T + Send + 'static,
 ) {
     std::thread::spawn(move || {
         let mut stdin = std::io::stdin().lock();

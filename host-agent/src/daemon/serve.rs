@@ -6,6 +6,18 @@ use std::time::Duration;
 use anyhow::Context as _;
 use soulbox_proto::FILE_DESCRIPTOR_SET;
 use soulbox_proto::guest::MAX_REQUEST_BYTES;
+use soulbox_proto::guest::v1::code_service_server::{
+    CodeServiceServer, SERVICE_NAME as CODE_SERVICE,
+};
+use soulbox_proto::guest::v1::filesystem_service_server::{
+    FilesystemServiceServer, SERVICE_NAME as FILESYSTEM_SERVICE,
+};
+use soulbox_proto::guest::v1::metrics_service_server::{
+    MetricsServiceServer, SERVICE_NAME as METRICS_SERVICE,
+};
+use soulbox_proto::guest::v1::process_service_server::{
+    ProcessServiceServer, SERVICE_NAME as PROCESS_SERVICE,
+};
 use soulbox_proto::host::v1::network_service_server::{
     NetworkServiceServer, SERVICE_NAME as NETWORK_SERVICE,
 };
@@ -27,14 +39,16 @@ use tonic_health::server::HealthReporter;
 use super::listen::{Listeners, SocketFile};
 use crate::ingress::{Forwards, Proxy};
 use crate::sandbox::{Pool, Ports};
-use crate::service::{NetworkApi, NodeApi, SandboxApi};
+use crate::service::{NetworkApi, NodeApi, Relay, SandboxApi};
 
 /// Dead callers are noticed, so that what they run is ended.
 const KEEPALIVE: Duration = Duration::from_secs(20);
 /// What a call may send before it is read. The window of its connection is the
 /// largest that HTTP/2 has: calls that nobody reads must not hold up the others.
-const STREAM_WINDOW_BYTES: u32 = 256 * 1024;
+const STREAM_WINDOW_BYTES: u32 = 1024 * 1024;
 const CONNECTION_WINDOW_BYTES: u32 = (1 << 31) - 1;
+/// Chunks of files and of programs' input are one frame each.
+const FRAME_BYTES: u32 = 256 * 1024;
 /// How long a closed server may take to send its last frames.
 const LAST_FRAMES: Duration = Duration::from_millis(500);
 
@@ -47,6 +61,8 @@ pub(super) struct Services {
     calls: TaskTracker,
     /// Ends calls without an end of their own.
     stopping: CancellationToken,
+    /// Ends all calls into guests.
+    ending: CancellationToken,
     /// Ends the servers.
     closing: CancellationToken,
     _unix_socket: SocketFile,
@@ -58,13 +74,19 @@ impl Services {
     pub(super) async fn start(pool: &Arc<Pool>, listeners: Listeners) -> anyhow::Result<Self> {
         let calls = TaskTracker::new();
         let stopping = CancellationToken::new();
+        let ending = CancellationToken::new();
         let closing = CancellationToken::new();
+        let relay = Relay::new(
+            Arc::clone(pool),
+            calls.clone(),
+            stopping.clone(),
+            ending.clone(),
+        );
         let sandboxes = SandboxServiceServer::new(SandboxApi::new(
             Arc::clone(pool),
             calls.clone(),
             stopping.clone(),
         ))
-        // What fits here fits the guest's agent.
         .max_decoding_message_size(MAX_REQUEST_BYTES);
         let node = NodeServiceServer::new(NodeApi::new(Arc::clone(pool)));
         let ports = Arc::new(Ports::new(Arc::clone(pool)));
@@ -90,6 +112,10 @@ impl Services {
             .add_service(sandboxes)
             .add_service(node)
             .add_service(network)
+            .add_service(relay.service::<ProcessServiceServer<()>>())
+            .add_service(relay.service::<FilesystemServiceServer<()>>())
+            .add_service(relay.service::<CodeServiceServer<()>>())
+            .add_service(relay.service::<MetricsServiceServer<()>>())
             .add_service(health_server)
             .add_service(reflection().build_v1().context("reflection")?)
             .add_service(reflection().build_v1alpha().context("reflection")?);
@@ -120,6 +146,7 @@ impl Services {
             health,
             calls,
             stopping,
+            ending,
             closing,
             _unix_socket: listeners.unix_socket,
         })
@@ -144,12 +171,16 @@ impl Services {
                 calls = self.calls.len(),
                 "the drain's time is over; calls are cut off"
             );
+            self.ending.cancel();
+            // What goes with its call goes while there is somebody to delete it.
+            let _ = tokio::time::timeout(LAST_FRAMES, self.calls.wait()).await;
         }
     }
 
     /// Ends the servers and removes the socket.
     pub(super) async fn close(mut self) {
         self.edge.shutdown().await;
+        self.ending.cancel();
         self.closing.cancel();
         let ended = async {
             while let Some(server) = self.servers.join_next().await {
@@ -168,12 +199,26 @@ fn server() -> Server {
     Server::builder()
         .initial_stream_window_size(STREAM_WINDOW_BYTES)
         .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
+        .max_frame_size(FRAME_BYTES)
         .http2_keepalive_interval(Some(KEEPALIVE))
         .http2_keepalive_timeout(Some(KEEPALIVE))
 }
 
+/// Lists what is served: a guest has services that are for this daemon alone.
 fn reflection() -> tonic_reflection::server::Builder<'static> {
-    tonic_reflection::server::Builder::configure()
+    let builder = tonic_reflection::server::Builder::configure()
         .register_encoded_file_descriptor_set(FILE_DESCRIPTOR_SET)
-        .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+        .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET);
+    [
+        SANDBOX_SERVICE,
+        NODE_SERVICE,
+        NETWORK_SERVICE,
+        PROCESS_SERVICE,
+        FILESYSTEM_SERVICE,
+        CODE_SERVICE,
+        METRICS_SERVICE,
+        "grpc.health.v1.Health",
+    ]
+    .into_iter()
+    .fold(builder, |builder, name| builder.with_service_name(name))
 }

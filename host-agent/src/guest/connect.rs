@@ -4,22 +4,17 @@
 use std::io;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex};
+use std::sync::Mutex;
 
-use hyper_util::rt::TokioIo;
 use rustix::net::RecvFlags;
 use soulbox_proto::guest::RPC_PORT;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::UnixStream;
-use tonic::transport::{Channel, Endpoint};
 
 use crate::sync::lock;
 
 /// "OK 4294967295\n".
 const MAX_ANSWER_BYTES: usize = 14;
-/// What a caller who does not read leaves here: a few of the agent's chunks of
-/// 64 KiB. A connection has one Exec, so its window is the stream's.
-const WINDOW_BYTES: u32 = 1024 * 1024;
 
 /// Ways to one guest's port: spare connections that it has accepted already, as
 /// long as there are any, then new ones.
@@ -32,27 +27,14 @@ pub(super) struct Dialler {
 // === impl Dialler ===
 
 impl Dialler {
-    pub(super) fn new(vsock_socket: &Path, spares: Vec<OwnedFd>) -> Arc<Self> {
-        Arc::new(Self {
+    pub(super) fn new(vsock_socket: &Path, spares: Vec<OwnedFd>) -> Self {
+        Self {
             vsock_socket: vsock_socket.to_owned(),
             spares: Mutex::new(spares),
-        })
+        }
     }
 
-    /// Connects when it is first used, and again whenever its connection is lost.
-    pub(super) fn channel(self: &Arc<Self>) -> Channel {
-        let dialler = Arc::clone(self);
-        // The name only fills HTTP's authority.
-        Endpoint::from_static("http://guest")
-            .initial_stream_window_size(WINDOW_BYTES)
-            .initial_connection_window_size(WINDOW_BYTES)
-            .connect_with_connector_lazy(tower::service_fn(move |_| {
-                let dialler = Arc::clone(&dialler);
-                async move { dialler.connect().await.map(TokioIo::new) }
-            }))
-    }
-
-    async fn connect(&self) -> io::Result<UnixStream> {
+    pub(super) async fn connect(&self) -> io::Result<UnixStream> {
         while let Some(spare) = self.take_spare() {
             if is_open(&spare)
                 && let Ok(stream) = into_stream(spare)

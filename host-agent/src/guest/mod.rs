@@ -3,6 +3,7 @@
 
 mod connect;
 mod hello;
+mod wire;
 
 use std::os::fd::OwnedFd;
 use std::path::Path;
@@ -12,31 +13,29 @@ use std::time::{Duration, SystemTime};
 use soulbox_proto::guest::v1::process_service_client::ProcessServiceClient;
 use soulbox_proto::guest::v1::system_service_client::SystemServiceClient;
 use soulbox_proto::guest::v1::{
-    ConfigureRequest, ExecRequest, ExecResponse, HealthRequest, HealthResponse, Network,
-    ProcessSpec, ShutdownRequest, SuspendRequest, exec_request, exec_response, exited,
+    ConfigureRequest, ExecRequest, HealthRequest, HealthResponse, Network, ProcessSpec,
+    ShutdownRequest, SuspendRequest, exec_request, exec_response, exited,
 };
-use tokio_stream::Stream;
-use tonic::transport::Channel;
-use tonic::{Code, Status, Streaming};
+use tonic::body::Body;
+use tonic::{Code, Status};
 
 use crate::ingress::{GuestStream, OpenError};
 use connect::Dialler;
 pub use hello::{HelloError, read_hello};
+#[cfg(test)]
+pub(crate) use wire::drop_undecodable;
+use wire::{Caller, Wire};
+pub use wire::{Reply, Way, WireError};
 
 /// A key of the kernel's generator has half of it.
 const ENTROPY_BYTES: usize = 64;
 /// What is kept of what a program says that the daemon runs for itself.
 const MAX_OUTPUT_BYTES: usize = 64 * 1024;
 
-/// A way to one guest's agent.
-///
-/// Each Exec has a connection of its own: the Execs of one connection would
-/// share its window, and one that nobody reads would hold up all others.
+/// A way to one guest's agent. Clones share its connections.
 #[derive(Debug, Clone)]
 pub struct Guest {
-    dialler: Arc<Dialler>,
-    /// For calls that are short both ways; clones share it.
-    control: Channel,
+    wire: Arc<Wire>,
 }
 
 /// Who a guest is from now on.
@@ -60,10 +59,8 @@ impl Guest {
 
     /// As [`Self::new`], with connections that the guest has accepted already.
     pub fn restored(vsock_socket: &Path, spares: Vec<OwnedFd>) -> Self {
-        let dialler = Dialler::new(vsock_socket, spares);
         Self {
-            control: dialler.channel(),
-            dialler,
+            wire: Wire::new(Dialler::new(vsock_socket, spares)),
         }
     }
 
@@ -112,17 +109,19 @@ impl Guest {
         Ok(())
     }
 
-    pub async fn exec(
+    /// Passes a call on as it is: of `request` the path, the headers and the body. The
+    /// answer is the agent's own, which is not to be trusted.
+    pub async fn call(
         &self,
-        input: impl Stream<Item = ExecRequest> + Send + 'static,
-    ) -> Result<Streaming<ExecResponse>, Status> {
-        let mut client = ProcessServiceClient::new(self.dialler.channel());
-        Ok(client.exec(input).await?.into_inner())
+        way: Way,
+        request: http::Request<Body>,
+    ) -> Result<http::Response<Reply>, WireError> {
+        self.wire.call(way, request).await
     }
 
     /// Connects to a port inside the guest, which needs no network for that.
     pub async fn connect(&self, port: u16) -> Result<GuestStream, OpenError> {
-        GuestStream::open(self.dialler.channel(), port).await
+        GuestStream::open(self.wire.caller(Way::Own), port).await
     }
 
     /// Runs `/bin/true`: the proof that programs run. It reads and says nothing,
@@ -138,12 +137,13 @@ impl Guest {
             cwd: "/".into(),
             user: "0:0".to_owned(),
             timeout: Duration::from_secs(60).try_into().ok(),
+            kill_on_disconnect: true,
             ..ProcessSpec::default()
         };
         let request = ExecRequest {
             message: Some(exec_request::Message::Start(start)),
         };
-        let mut client = ProcessServiceClient::new(self.control.clone());
+        let mut client = ProcessServiceClient::new(self.wire.caller(Way::Shared));
         let events = client.exec(tokio_stream::once(request)).await?;
         let mut events = events.into_inner();
         let mut said = Vec::new();
@@ -168,7 +168,7 @@ impl Guest {
         Err(Status::new(Code::Internal, "the agent told no exit status"))
     }
 
-    fn system(&self) -> SystemServiceClient<Channel> {
-        SystemServiceClient::new(self.control.clone())
+    fn system(&self) -> SystemServiceClient<Caller> {
+        SystemServiceClient::new(self.wire.caller(Way::Shared))
     }
 }

@@ -14,7 +14,9 @@ use tokio::sync::mpsc;
 use tokio_stream::Stream as _;
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::PollSender;
-use tonic::transport::Channel;
+use tonic::body::Body;
+use tonic::client::GrpcService;
+use tonic::codegen::StdError;
 use tonic::{Status, Streaming};
 use tonic_types::StatusExt as _;
 
@@ -48,7 +50,13 @@ pub enum OpenError {
 impl GuestStream {
     /// Connects to `port` through `channel`, a connection to the guest's agent that
     /// nothing else uses: a stream that is not read would hold up the others.
-    pub async fn open(channel: Channel, port: u16) -> Result<Self, OpenError> {
+    pub async fn open<T>(channel: T, port: u16) -> Result<Self, OpenError>
+    where
+        T: GrpcService<Body>,
+        T::Error: Into<StdError>,
+        T::ResponseBody:
+            hyper::body::Body<Data = Bytes, Error: Into<StdError> + Send> + Send + 'static,
+    {
         let (requests, stream) = mpsc::channel(WAITING_MESSAGES);
         let open = Ask::Open(OpenPort { port: port.into() });
         // There is room, and the other end is here.

@@ -4,15 +4,14 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 
-use soulbox_proto::guest::v1::ExecResponse;
 use soulbox_proto::host::v1::sandbox_service_server::SandboxService;
 use soulbox_proto::host::v1::{self as proto};
 use tokio_stream::Stream;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
-use tonic::{Request, Response, Status, Streaming};
+use tonic::{Request, Response, Status};
 
-use super::{convert, exec, snapshots, watch};
+use super::{convert, snapshots, watch};
 use crate::id::SandboxId;
 use crate::record::SnapshotRecord;
 use crate::sandbox::{CreateError, CreateSpec, Pool};
@@ -49,7 +48,6 @@ impl SandboxApi {
 
 #[tonic::async_trait]
 impl SandboxService for SandboxApi {
-    type ExecStream = Responses<ExecResponse>;
     type WatchSandboxesStream = Responses<proto::WatchSandboxesResponse>;
 
     async fn create_sandbox(
@@ -122,15 +120,6 @@ impl SandboxService for SandboxApi {
         let deleted = self.pool.delete(&id, request.force).await;
         deleted.map_err(|error| status(&error))?;
         Ok(Response::new(proto::DeleteSandboxResponse {}))
-    }
-
-    async fn exec(
-        &self,
-        request: Request<Streaming<proto::ExecRequest>>,
-    ) -> Result<Response<Self::ExecStream>, Status> {
-        let call = self.calls.token();
-        let responses = exec::exec(Arc::clone(&self.pool), request.into_inner(), call).await?;
-        Ok(Response::new(Box::pin(responses)))
     }
 
     async fn watch_sandboxes(

@@ -5,41 +5,47 @@ use std::io::{BufRead as _, BufReader};
 use std::pin::Pin;
 use std::time::{Duration, Instant};
 
-use soulbox_proto::guest::v1::{ProcessInput, ProcessSpec, exec_response, exited, process_input};
-use soulbox_proto::host::v1::sandbox_service_client::SandboxServiceClient;
+use soulbox_proto::guest::v1::{
+    ExecRequest, ProcessInput, ProcessSpec, exec_request, exec_response, exited, process_input,
+};
 use soulbox_proto::host::v1::watch_sandboxes_response::Kind;
 use soulbox_proto::host::v1::{
     CreateSandboxRequest, CreateSandboxResponse, DeleteSandboxRequest, DeleteSnapshotRequest,
-    ExecRequest, ExecStart, ForkSandboxRequest, ForkSandboxResponse, GetNodeRequest,
-    GetSandboxRequest, ListSandboxesRequest, ListSnapshotsRequest, PauseSandboxRequest,
-    PauseSandboxResponse, ResumeSandboxRequest, ResumeSandboxResponse, RollbackSandboxRequest,
-    RollbackSandboxResponse, Sandbox, SandboxState, Snapshot, SnapshotSandboxRequest, StageTime,
-    WatchSandboxesRequest, exec_request,
+    ForkSandboxRequest, ForkSandboxResponse, GetNodeRequest, GetSandboxRequest,
+    ListSandboxesRequest, ListSnapshotsRequest, PauseSandboxRequest, PauseSandboxResponse,
+    ResumeSandboxRequest, ResumeSandboxResponse, RollbackSandboxRequest, RollbackSandboxResponse,
+    Sandbox, SandboxState, Snapshot, SnapshotSandboxRequest, StageTime, WatchSandboxesRequest,
 };
 use tokio_stream::StreamExt as _;
-use tonic::transport::Channel;
 use tonic::{Code, Status, Streaming};
 use tonic_types::StatusExt as _;
 
-use crate::support::{Daemon, Host, PATIENCE, X86_64, elf, fields, kill_logging_below, reason};
+use crate::support::{
+    Client, Daemon, Host, PATIENCE, X86_64, elf, fields, kill_logging_below, last_to, reason, to,
+};
 
 mod calls;
+mod cli;
 mod crashes;
 mod daemons;
 mod ends;
+mod guest;
 mod networks;
+mod relay;
 mod shells;
 mod snapshots;
 
 use calls::*;
+use cli::*;
 use crashes::*;
 use daemons::*;
 use ends::*;
+use guest::*;
 use networks::*;
+use relay::*;
 use shells::*;
 use snapshots::*;
 
-type Client = SandboxServiceClient<Channel>;
 type Case = fn() -> Pin<Box<dyn Future<Output = ()>>>;
 
 macro_rules! cases {
@@ -92,6 +98,19 @@ cases! {
     a_monitor_that_dies_with_the_daemon_fails_only_its_sandbox,
     a_full_disk_costs_no_sandbox,
     a_policy_is_everywhere_or_nowhere,
+    every_end_of_a_sandbox_ends_its_calls,
+    connections_are_used_again_and_few_are_kept,
+    what_a_hostile_agent_says_does_no_harm,
+    a_sandbox_goes_with_its_call_however_that_ends,
+    a_daemon_that_stops_tells_its_calls,
+    a_terminal_is_the_programs,
+    a_terminal_is_as_it_was_afterwards,
+    a_program_is_left_listed_attached_to_and_killed,
+    code_is_run_and_its_results_kept,
+    files_are_listed_written_and_found,
+    what_goes_on_is_shown,
+    the_real_agent_is_reached,
+    the_real_agent_has_terminals,
 }
 
 const FAST: &str = "[capacity]\nvcpus = 8\nmemory_mib = 4096\n[timeouts]\nboot_ms = 20000\nclean_stop_ms = 2000\ndrain_ms = 200\n[shells]\nmaximum = 0\n[templates]\nsnapshot = false\n";
@@ -104,7 +123,15 @@ fn host_with(config: &str) -> Host {
     let monitor = std::env::current_exe().unwrap();
     // The faked monitor asks nothing of it, so any usable device will do.
     let host = Host::with_paths(&[("monitor", &monitor)], config);
-    for behaviour in ["base", "refuse", "emulation", "die", "mute", "stubborn"] {
+    for behaviour in [
+        "base",
+        "refuse",
+        "emulation",
+        "die",
+        "mute",
+        "stubborn",
+        "real",
+    ] {
         let mut kernel = elf(X86_64, 1 << 20);
         kernel.extend_from_slice(behaviour.as_bytes());
         host.template(behaviour, &kernel);
@@ -127,33 +154,40 @@ async fn make(client: &mut Client) -> String {
     create(client, "base").await.unwrap().sandbox.unwrap().id
 }
 
-fn start(id: &str, argv: &[&str]) -> ExecStart {
-    ExecStart {
-        sandbox_id: id.to_owned(),
-        process: Some(ProcessSpec {
-            argv: argv
-                .iter()
-                .map(|arg| arg.as_bytes().to_vec().into())
-                .collect(),
-            ..ProcessSpec::default()
-        }),
-        delete_sandbox_after: false,
+fn start(argv: &[&str]) -> ExecRequest {
+    let spec = ProcessSpec {
+        argv: argv
+            .iter()
+            .map(|arg| arg.as_bytes().to_vec().into())
+            .collect(),
+        kill_on_disconnect: true,
+        ..ProcessSpec::default()
+    };
+    ExecRequest {
+        message: Some(exec_request::Message::Start(spec)),
     }
 }
 
-async fn exec_start(client: &mut Client, start: ExecStart) -> Events {
-    let start = ExecRequest {
-        message: Some(exec_request::Message::Start(start)),
-    };
-    client
-        .exec(tokio_stream::once(start))
-        .await
-        .unwrap()
-        .into_inner()
+async fn exec(client: &mut Client, id: &str, argv: &[&str]) -> Events {
+    try_exec(client, id, argv).await.unwrap()
 }
 
-async fn exec(client: &mut Client, id: &str, argv: &[&str]) -> Events {
-    exec_start(client, start(id, argv)).await
+async fn try_exec(client: &mut Client, id: &str, argv: &[&str]) -> Result<Events, Status> {
+    let requests = tokio_stream::once(start(argv));
+    Ok(client
+        .processes()
+        .exec(to(id, requests))
+        .await?
+        .into_inner())
+}
+
+/// Runs a program; the bytes of stdout and the exit status.
+async fn run(
+    client: &mut Client,
+    id: &str,
+    argv: &[&str],
+) -> Result<(usize, exited::Status), Status> {
+    finish(&mut try_exec(client, id, argv).await?).await
 }
 
 type Events = Streaming<soulbox_proto::guest::v1::ExecResponse>;

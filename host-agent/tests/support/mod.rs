@@ -9,11 +9,13 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use hyper_util::rt::TokioIo;
+use soulbox_proto::guest::v1::process_service_client::ProcessServiceClient;
+use soulbox_proto::guest::{DELETE_AFTER_METADATA, SANDBOX_METADATA};
 use soulbox_proto::host::v1::node_service_client::NodeServiceClient;
 use soulbox_proto::host::v1::sandbox_service_client::SandboxServiceClient;
 use tokio::net::UnixStream;
-use tonic::Status;
 use tonic::transport::{Channel, Endpoint};
+use tonic::{Request, Status};
 use tonic_types::StatusExt as _;
 
 /// Far longer than anything takes: a test that waits this long has failed.
@@ -30,6 +32,13 @@ pub struct Daemon {
     child: Child,
     log: Arc<Mutex<Vec<String>>>,
     socket: PathBuf,
+}
+
+/// Calls on one connection: those of `SandboxService`, and those into sandboxes.
+#[derive(Clone)]
+pub struct Client {
+    sandboxes: SandboxServiceClient<Channel>,
+    pub channel: Channel,
 }
 
 // === impl Host ===
@@ -204,6 +213,44 @@ pub fn kill_logging_below(folder: &Path) {
     }
 }
 
+// === impl Client ===
+
+impl Client {
+    pub fn processes(&self) -> ProcessServiceClient<Channel> {
+        ProcessServiceClient::new(self.channel.clone())
+    }
+}
+
+impl std::ops::Deref for Client {
+    type Target = SandboxServiceClient<Channel>;
+
+    fn deref(&self) -> &Self::Target {
+        &self.sandboxes
+    }
+}
+
+impl std::ops::DerefMut for Client {
+    fn deref_mut(&mut self) -> &mut Self::Target {
+        &mut self.sandboxes
+    }
+}
+
+/// `message` as a call to sandbox `id`.
+pub fn to<T>(id: &str, message: T) -> Request<T> {
+    let mut request = Request::new(message);
+    let id = id.parse().unwrap();
+    request.metadata_mut().insert(SANDBOX_METADATA, id);
+    request
+}
+
+/// As [`to`], and the sandbox goes with the call.
+pub fn last_to<T>(id: &str, message: T) -> Request<T> {
+    let mut request = to(id, message);
+    let yes = "true".parse().unwrap();
+    request.metadata_mut().insert(DELETE_AFTER_METADATA, yes);
+    request
+}
+
 // === impl Daemon ===
 
 impl Daemon {
@@ -222,8 +269,12 @@ impl Daemon {
             .unwrap()
     }
 
-    pub async fn sandboxes(&self) -> SandboxServiceClient<Channel> {
-        SandboxServiceClient::new(self.channel().await)
+    pub async fn sandboxes(&self) -> Client {
+        let channel = self.channel().await;
+        Client {
+            sandboxes: SandboxServiceClient::new(channel.clone()),
+            channel,
+        }
     }
 
     pub async fn node(&self) -> NodeServiceClient<Channel> {

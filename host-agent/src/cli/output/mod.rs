@@ -1,5 +1,7 @@
 //! Replies as tables for people and as JSON for programs.
 
+mod code;
+mod guest;
 mod network;
 
 use std::io::Write as _;
@@ -16,6 +18,11 @@ use soulbox_proto::host::v1::{
 use super::args::Output;
 use super::error::CliError;
 
+pub(super) use self::code::{code_event, context, context_table};
+pub(super) use self::guest::{
+    entry, entry_details, entry_table, file_event, found, metrics, metrics_page, process,
+    process_table,
+};
 pub(super) use self::network::{
     forward, forward_table, network, network_details, policy, policy_details,
 };

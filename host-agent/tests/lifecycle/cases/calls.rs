@@ -130,14 +130,15 @@ pub(super) async fn calls_that_nobody_reads_hold_up_no_others() {
         let chunk = ProcessInput {
             input: Some(process_input::Input::Stdin(vec![0; 1 << 20].into())),
         };
-        let input = [exec_request::Message::Start(start(&id, &["sleep"]))]
+        let input = ExecRequest {
+            message: Some(exec_request::Message::Input(chunk)),
+        };
+        let input = [start(&["sleep"])]
             .into_iter()
-            .chain((0..4).map(move |_| exec_request::Message::Input(chunk.clone())))
-            .map(|message| ExecRequest {
-                message: Some(message),
-            });
+            .chain(std::iter::repeat_n(input, 4));
         let input = tokio_stream::iter(input).chain(tokio_stream::pending());
-        let mut events = client.exec(input).await.unwrap().into_inner();
+        let call = client.processes().exec(to(&id, input)).await;
+        let mut events = call.unwrap().into_inner();
         started(&mut events).await;
         unread.push((client.clone(), events));
     }
@@ -170,17 +171,13 @@ pub(super) async fn a_large_argument_list_passes() {
     let exec_with = async |client: &mut Client, count: usize| {
         let mut argv = vec!["exit", "3"];
         argv.extend(std::iter::repeat_n(argument.as_str(), count));
-        let start = ExecRequest {
-            message: Some(exec_request::Message::Start(start(&id, &argv))),
-        };
-        client.exec(tokio_stream::once(start)).await
+        run(client, &id, &argv).await
     };
-    let mut events = exec_with(&mut client, 7).await.unwrap().into_inner();
-    let (_, status) = finish(&mut events).await.unwrap();
+    let (_, status) = exec_with(&mut client, 7).await.unwrap();
     assert_eq!(status, exited::Status::Code(3));
     let refused = exec_with(&mut client, 8).await.unwrap_err();
     assert_eq!(reason(&refused), "INVALID_REQUEST");
-    assert_eq!(fields(&refused), ["start"]);
+    assert_eq!(fields(&refused), ["request"]);
     delete(&mut client, &id, false).await;
 }
 

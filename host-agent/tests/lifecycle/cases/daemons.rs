@@ -60,11 +60,9 @@ pub(super) async fn a_sandbox_of_a_call_goes_with_it_when_the_daemon_went_first(
     let mut client = daemon.sandboxes().await;
     let id = make(&mut client).await;
     let kept = make(&mut client).await;
-    let start = ExecStart {
-        delete_sandbox_after: true,
-        ..start(&id, &["sleep"])
-    };
-    let mut events = exec_start(&mut client, start).await;
+    let requests = tokio_stream::once(start(&["sleep"]));
+    let call = client.processes().exec(last_to(&id, requests)).await;
+    let mut events = call.unwrap().into_inner();
     started(&mut events).await;
     daemon.kill();
     let mut next = host.start();

@@ -30,11 +30,8 @@ pub(super) async fn a_killed_monitor_ends_calls_within_a_second() {
     assert_eq!(sandbox.state(), SandboxState::Failed);
     assert_eq!(sandbox.failure.unwrap().reason, "MONITOR_DIED");
     eventually("resources stay taken", async || host.monitors().is_empty()).await;
-    let mut events = exec(&mut client, &id, &["exit", "0"]).await;
-    assert_eq!(
-        reason(&finish(&mut events).await.unwrap_err()),
-        "SANDBOX_FAILED"
-    );
+    let refused = run(&mut client, &id, &["exit", "0"]).await.unwrap_err();
+    assert_eq!(reason(&refused), "SANDBOX_FAILED");
     delete(&mut client, &id, false).await;
     host.assert_nothing_left();
     assert_all_is_free(&daemon).await;
@@ -46,8 +43,7 @@ pub(super) async fn a_guest_that_ends_itself_is_failed() {
     let mut client = daemon.sandboxes().await;
     for (program, expected) in [("panic", "GUEST_PANIC"), ("poweroff", "GUEST_POWERED_OFF")] {
         let id = make(&mut client).await;
-        let mut events = exec(&mut client, &id, &[program]).await;
-        let status = finish(&mut events).await.unwrap_err();
+        let status = run(&mut client, &id, &[program]).await.unwrap_err();
         assert_eq!(
             (status.code(), reason(&status).as_str()),
             (Code::Unavailable, "SANDBOX_DIED")

@@ -41,8 +41,7 @@ pub(super) async fn a_paused_sandbox_loses_nothing_and_holds_little() {
     );
     assert_eq!(capacity.disk_mib - left.disk_mib, 1);
     // Nobody runs anything in it.
-    let mut events = exec(&mut client, &id, &["get"]).await;
-    let status = finish(&mut events).await.unwrap_err();
+    let status = run(&mut client, &id, &["get"]).await.unwrap_err();
     assert_eq!(
         (status.code(), reason(&status).as_str()),
         (Code::FailedPrecondition, "SANDBOX_PAUSED")
