@@ -5,6 +5,9 @@ use std::task::{Context, Poll};
 
 use soulbox_proto::guest::MAX_REQUEST_BYTES;
 use soulbox_proto::guest::v1::code_service_server::{CodeServiceServer, SERVICE_NAME as CODE};
+use soulbox_proto::guest::v1::filesystem_service_server::{
+    FilesystemServiceServer, SERVICE_NAME as FILESYSTEM,
+};
 use soulbox_proto::guest::v1::metrics_service_server::{
     MetricsServiceServer, SERVICE_NAME as METRICS,
 };
@@ -24,6 +27,7 @@ use tonic::transport::server::{Connected, Server};
 
 use crate::code::Contexts;
 use crate::exec::Processes;
+use crate::files::Files;
 use crate::metrics::Metrics;
 use crate::ports::Ports;
 use crate::system::System;
@@ -44,6 +48,7 @@ pub(crate) struct Services {
     ports: PortServiceServer<Ports>,
     code: CodeServiceServer<Contexts>,
     metrics: MetricsServiceServer<Metrics>,
+    files: FilesystemServiceServer<Files>,
 }
 
 // === impl Services ===
@@ -58,6 +63,7 @@ impl Services {
             ports: PortServiceServer::new(ports),
             code: code.max_decoding_message_size(MAX_REQUEST_BYTES),
             metrics: MetricsServiceServer::new(Metrics),
+            files: FilesystemServiceServer::new(Files::new()),
         }
     }
 
@@ -101,6 +107,7 @@ impl Service<http::Request<Body>> for Services {
             Some(PORT) => self.ports.call(request),
             Some(CODE) => self.code.call(request),
             Some(METRICS) => self.metrics.call(request),
+            Some(FILESYSTEM) => self.files.call(request),
             _ => Box::pin(async {
                 let status =
                     Status::unimplemented("this agent has no such service: use one of its age");

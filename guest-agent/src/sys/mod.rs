@@ -2,9 +2,11 @@
 
 #![allow(unsafe_code)]
 
+pub(crate) mod credentials;
 pub(crate) mod disk;
 pub(crate) mod process;
 pub(crate) mod random;
+pub(crate) mod readiness;
 pub(crate) mod spawn;
 pub(crate) mod terminal;
 pub(crate) mod wait;

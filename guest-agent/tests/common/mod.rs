@@ -3,12 +3,15 @@
 // Each test binary uses its part; clippy knows no tests outside `#[test]`.
 #![allow(dead_code, unreachable_pub, clippy::unwrap_used)]
 
+pub mod files;
+
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use soulbox_proto::guest::v1::exec_response::Event;
+use soulbox_proto::guest::v1::filesystem_service_client::FilesystemServiceClient;
 use soulbox_proto::guest::v1::process_service_client::ProcessServiceClient;
 use soulbox_proto::guest::v1::system_service_client::SystemServiceClient;
 use soulbox_proto::guest::v1::*;
@@ -200,6 +203,10 @@ impl Guest {
 
     pub fn system(&self) -> SystemServiceClient<Channel> {
         SystemServiceClient::new(self.channel.clone())
+    }
+
+    pub fn files(&self) -> FilesystemServiceClient<Channel> {
+        FilesystemServiceClient::new(self.channel.clone())
     }
 
     pub async fn health(&self) -> HealthResponse {
