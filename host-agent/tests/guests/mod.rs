@@ -12,6 +12,7 @@ mod faults;
 mod lifecycle;
 mod network;
 mod programs;
+mod services;
 mod snapshots;
 
 type Test = (&'static str, fn() -> Result<()>);
@@ -51,6 +52,16 @@ pub(crate) const ALL: &[Test] = &[
         "a_gibibyte_of_output_in_bounded_memory",
         programs::a_gibibyte_of_output_in_bounded_memory,
     ),
+    ("people_build_and_serve", services::people_build_and_serve),
+    ("limits_hold", services::limits_hold),
+    (
+        "programs_are_left_and_found_again",
+        services::programs_are_left_and_found_again,
+    ),
+    ("code_keeps_its_state", services::code_keeps_its_state),
+    ("files_go_both_ways", services::files_go_both_ways),
+    ("files_are_mounted", services::files_are_mounted),
+    ("an_agent_stays_light", services::an_agent_stays_light),
     (
         "machines_have_the_shape_asked_for",
         lifecycle::machines_have_the_shape_asked_for,
@@ -115,6 +126,11 @@ pub(crate) const ALL: &[Test] = &[
         "children_of_a_fork_are_on_their_own",
         snapshots::children_of_a_fork_are_on_their_own,
     ),
+    (
+        "code_survives_a_snapshot",
+        services::code_survives_a_snapshot,
+    ),
+    ("a_pause_ends_every_call", services::a_pause_ends_every_call),
     (
         "memory_comes_back_to_the_host",
         snapshots::memory_comes_back_to_the_host,
