@@ -26,8 +26,10 @@ use crate::{init, ready, sys};
 
 /// How long calls that run may take to end once the agent stops serving.
 const DRAIN: Duration = Duration::from_secs(5);
-/// How long an idle thread that starts programs is kept.
-const THREAD_KEEP_ALIVE: Duration = Duration::from_secs(10);
+/// How many threads start programs and do what else may block. They stay: one that is
+/// there needs no memory and no process of a guest that has none left, where the
+/// runtime would panic for want of a thread; and none wakes up to end.
+const MOST_THREADS: usize = 64;
 
 const CGROUP: &str = "/sys/fs/cgroup/soulbox";
 
@@ -48,12 +50,15 @@ pub fn run(options: Options) -> anyhow::Result<()> {
 
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
-        .thread_keep_alive(THREAD_KEEP_ALIVE)
+        .max_blocking_threads(MOST_THREADS)
+        .thread_keep_alive(Duration::MAX)
         // A program's end is for the thread that serves: another would wake up to
         // wake it.
         .on_thread_start(sys::process::block_signals)
         .build()
         .context("the runtime")?;
+    // The first of them, while there is room.
+    drop(runtime.spawn_blocking(|| ()));
     runtime.block_on(serve(&options, started_us))?;
     if options.is_init {
         power_off().context("turning off")?;

@@ -74,6 +74,50 @@ async fn a_fork_bomb_is_killed_as_a_whole() {
 }
 
 #[tokio::test]
+async fn a_guest_without_room_for_a_process_can_still_be_helped() {
+    let guest = Arc::new(Guest::start_as_init().await);
+    // Of the namespace, as it would be of the guest. Once they have come round, the
+    // kernel gives out none below 300, and the agent's threads have theirs, too.
+    let pid_max = "/proc/sys/kernel/pid_max";
+    let before = std::fs::read_to_string(pid_max).unwrap();
+    let set = guest
+        .sh(&format!("echo 500 >{pid_max} && cat {pid_max}"))
+        .await;
+    let after = std::fs::read_to_string(pid_max).unwrap();
+    if after != before {
+        // Before Linux 6.14 it is the machine's.
+        std::fs::write(pid_max, before).unwrap();
+        return;
+    }
+    assert_eq!(set.text(), "500\n");
+    // A shell that cannot fork ends, and makes room for another's.
+    let bomb = "while :; do setsid sh -c \"$1\" sh \"$1\" & done";
+    let line = "exec 2>/dev/null; sh -c \"$1\" sh \"$1\" & exec sleep 1000";
+    let call = guest.exec(spec(&["sh", "-c", line, "sh", bomb]));
+    let call = call.await.unwrap();
+    // More at once than the agent has threads.
+    let full = loop {
+        let mut tries = tokio::task::JoinSet::new();
+        for _ in 0..100 {
+            let guest = Arc::clone(&guest);
+            tries.spawn(async move { guest.run(spec(&["true"])).await });
+        }
+        let results = tries.join_all().await;
+        if let Some(status) = results.into_iter().find_map(Result::err) {
+            break status;
+        }
+    };
+    assert_eq!(reason(&full), ("OUT_OF_RESOURCES".into(), "126".into()));
+    assert!(guest.health().await.running_processes > 0);
+    assert!(guest.signal(call.id, "KILL", true).await.unwrap());
+    if guest.has_cgroups() {
+        let again = async { while guest.run(spec(&["true"])).await.is_err() {} };
+        tokio::time::timeout(LONG, again).await.unwrap();
+        assert_eq!(guest.sh("echo on").await.text(), "on\n");
+    }
+}
+
+#[tokio::test]
 async fn pids_are_limited() {
     let guest = Guest::start().await;
     let pids = CgroupLimits {

@@ -30,6 +30,17 @@ async fn shown(call: &mut Call, text: &str) -> String {
     all
 }
 
+/// What the foreground process group of a process's terminal is called.
+fn foreground(pid: u32) -> String {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    let fields = stat.rsplit_once(") ").map(|(_, fields)| fields);
+    // proc(5): tpgid is the sixth from the state.
+    let group = fields.and_then(|fields| fields.split(' ').nth(5));
+    let name = group.map(|group| std::fs::read_to_string(format!("/proc/{group}/comm")));
+    let name = name.and_then(Result::ok).unwrap_or_default();
+    name.trim().to_owned()
+}
+
 #[tokio::test]
 async fn all_three_streams_are_one_terminal_of_its_own() {
     let guest = Guest::start().await;
@@ -64,13 +75,15 @@ async fn a_shell_is_interactive_and_has_job_control() {
     call.stdin("sleep 1000\r").await;
     shown(&mut call, "sleep 1000").await;
     // Ctrl-Z stops the job, Ctrl-C ends it, and the shell stays.
-    tokio::time::sleep(Duration::from_millis(100)).await;
+    let shell = call.pid;
+    until(|| foreground(shell) == "sleep").await;
     call.stdin("\x1a").await;
     shown(&mut call, "Stopped").await;
     call.stdin("fg\r").await;
     shown(&mut call, "sleep 1000").await;
-    tokio::time::sleep(Duration::from_millis(100)).await;
+    until(|| foreground(shell) == "sleep").await;
     call.stdin("\x03").await;
+    until(|| foreground(shell) == "bash").await;
     call.stdin("echo status=$?\r").await;
     shown(&mut call, "status=130").await;
     // Ctrl-D is the end of its input.

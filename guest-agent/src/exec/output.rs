@@ -14,10 +14,16 @@ const SILENCE: Duration = Duration::from_millis(200);
 /// … or, when something that it left behind never pauses, after this.
 const LAST_WORDS: Duration = Duration::from_secs(2);
 
+/// After so much, others have their turn: a program for which nobody is waited may
+/// never pause.
+const TURN_BYTES: usize = 256 * 1024;
+
 /// What a program speaks through.
 pub(super) struct Output {
     stdout: Source,
     stderr: Source,
+    /// In this turn.
+    read_bytes: usize,
 }
 
 struct Source {
@@ -32,6 +38,7 @@ impl Output {
         Self {
             stdout: Source { from: Some(stdout) },
             stderr: Source { from: stderr },
+            read_bytes: 0,
         }
     }
 
@@ -47,10 +54,11 @@ impl Output {
                 job.may_speak().await;
                 self.next(job).await
             };
-            tokio::select! {
-                _ = next => {}
+            let bytes = tokio::select! {
+                bytes = next => bytes,
                 _ = &mut ended => break,
-            }
+            };
+            self.take_turns(bytes).await;
         }
 
         let mut owed = self.stdout.held() + self.stderr.held();
@@ -58,7 +66,10 @@ impl Output {
         while self.is_open() && (owed > 0 || Instant::now() < over) {
             job.may_speak().await;
             match tokio::time::timeout(SILENCE, self.next(job)).await {
-                Ok(bytes) => owed = owed.saturating_sub(bytes),
+                Ok(bytes) => {
+                    owed = owed.saturating_sub(bytes);
+                    self.take_turns(bytes).await;
+                }
                 Err(_) => return,
             }
         }
@@ -71,19 +82,28 @@ impl Output {
         self.stdout.hold_pipe();
         self.stderr.hold_pipe();
         while self.is_open() {
-            tokio::select! {
-                _ = self.stdout.read(|_| {}) => {}
-                _ = self.stderr.read(|_| {}) => {}
-            }
+            let bytes = tokio::select! {
+                bytes = self.stdout.read(|_| {}) => bytes,
+                bytes = self.stderr.read(|_| {}) => bytes,
+            };
+            self.take_turns(bytes).await;
         }
     }
 
     /// How many bytes came; 0 when one of them has been closed.
     async fn next(&mut self, job: &Job) -> usize {
-        let Self { stdout, stderr } = self;
+        let Self { stdout, stderr, .. } = self;
         tokio::select! {
             bytes = stdout.read(|bytes| job.say(Stream::Stdout, bytes)) => bytes,
             bytes = stderr.read(|bytes| job.say(Stream::Stderr, bytes)) => bytes,
+        }
+    }
+
+    async fn take_turns(&mut self, bytes: usize) {
+        self.read_bytes += bytes;
+        if self.read_bytes >= TURN_BYTES {
+            self.read_bytes = 0;
+            tokio::task::yield_now().await;
         }
     }
 
