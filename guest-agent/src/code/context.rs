@@ -300,9 +300,7 @@ impl Keeper {
         }));
         self.kept.tell(&mut run);
         let mut orders = Vec::new();
-        let lives = run
-            .run(&mut self.orders, &mut orders, &mut self.stop)
-            .await;
+        let lives = run.run(&mut self.orders, &mut orders, &mut self.stop).await;
         if !lives && orders.is_empty() {
             self.lose_interpreter().await;
         }

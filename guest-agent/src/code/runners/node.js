@@ -13,7 +13,7 @@
     const OK = 1, FAILED = 2, INTERRUPTED = 3;
     const MAX_ERROR_CHARS = 48 * 1024;
     // What a form of a result costs beside its bytes, and a result beside its forms.
-    const FORM_BYTES = 16, RESULT_BYTES = 64, MAX_FORMS = 32;
+    const FORM_BYTES = 16, RESULT_BYTES = 80, MAX_FORMS = 32;
     const OWN = 'soulbox-runner';
     const IMPORT = '__soulbox_import';
 
