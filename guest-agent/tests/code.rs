@@ -517,6 +517,11 @@ async fn javascript_keeps_what_it_declares() {
         let ran = code.run_in(Language::Javascript, source).await.ok();
         assert_eq!(ran.results.first().map(text), value, "{source}");
     }
+    // Names that Node has, and that it computes.
+    let source = "const crypto = require('crypto'), { performance } = require('perf_hooks'), fetch = 3, Buffer = 4, \
+        process = 5\ncrypto.createHash('md5').digest('hex').length + fetch + Buffer + process";
+    let ran = code.run_in(Language::Javascript, source).await.ok();
+    assert_eq!(ran.value(), "44");
     let source = "console.log('x'.repeat(3_000_000)); console.error('end')";
     let ran = code.run_in(Language::Javascript, source).await;
     assert_eq!((ran.stdout.len(), ran.err()), (3_000_001, "end\n"));
