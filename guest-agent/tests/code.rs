@@ -244,6 +244,18 @@ async fn code_that_writes_to_its_runners_channel_loses_its_interpreter() {
         assert_eq!(ran.outcome(), Outcome::InterpreterEnded, "{source}");
         assert_eq!(code.python("6 * 7").await.value(), "42", "{source}");
     }
+    // However well it does it.
+    let source = "import os\n\
+        result = b'\\x22\\x02\\x08\\x01'\n\
+        while True: os.write(3, (len(result).to_bytes(4, 'little') + result) * 1000)";
+    let request = RunCodeRequest {
+        max_result_bytes: 1000,
+        ..run(Language::Python, source)
+    };
+    let ran = code.run(request).await;
+    assert_eq!(ran.outcome(), Outcome::InterpreterEnded);
+    assert_eq!(ran.error.as_ref().unwrap().name, "ChannelBroken");
+    assert!(ran.results.len() < 10_000);
     // Also between runs.
     code.python("import os, threading\nthreading.Timer(0.01, os.write, [3, b'xxxxx']).start()")
         .await
@@ -505,6 +517,14 @@ async fn javascript_keeps_what_it_declares() {
         let ran = code.run_in(Language::Javascript, source).await.ok();
         assert_eq!(ran.results.first().map(text), value, "{source}");
     }
+    // Names that Node has, and that it computes.
+    let source = "const crypto = require('crypto'), { performance } = require('perf_hooks'), fetch = 3, Buffer = 4, \
+        process = 5\ncrypto.createHash('md5').digest('hex').length + fetch + Buffer + process";
+    let ran = code.run_in(Language::Javascript, source).await.ok();
+    assert_eq!(ran.value(), "44");
+    let source = "console.log('x'.repeat(3_000_000)); console.error('end')";
+    let ran = code.run_in(Language::Javascript, source).await;
+    assert_eq!((ran.stdout.len(), ran.err()), (3_000_001, "end\n"));
     let ran = code
         .run_in(
             Language::Javascript,

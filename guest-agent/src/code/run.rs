@@ -25,8 +25,9 @@ pub(super) type Responses = mpsc::Sender<Result<RunCodeResponse, Status>>;
 const GRACE: Duration = Duration::from_secs(2);
 
 /// Of what code says once it was interrupted, the most that waits for a caller who
-/// does not read, in pieces of 64 KiB.
-const MAX_HURRIED: usize = 16;
+/// does not read: pieces of output with 64 KiB each, and all messages.
+const MAX_HURRIED_OUTPUT: usize = 16;
+const MAX_HURRIED: usize = 1024;
 
 /// A run that is going on.
 pub(super) struct Run<'a> {
@@ -175,10 +176,10 @@ impl<'a> Run<'a> {
     }
 
     fn listen(&self) -> Listen {
-        let has_room = self.waiting.is_empty() || self.hurries;
+        let has_room = self.waiting.is_empty() || self.hurries && self.waiting.len() < MAX_HURRIED;
         Listen {
             // What would be dropped anyway waits for nobody.
-            output: has_room || self.output_left == 0,
+            output: has_room || self.output_left == 0 || self.hurries,
             frames: has_room && !self.is_broken,
             limit: self.result_left,
         }
@@ -187,7 +188,7 @@ impl<'a> Run<'a> {
     fn take(&mut self, heard: Heard) -> Option<End> {
         match heard {
             Heard::Output(event) => self.output(event),
-            Heard::Frame(frame, length) => return self.frame(frame, length).map(End::Finished),
+            Heard::Frame(frame, cost) => return self.frame(frame, cost).map(End::Finished),
             Heard::Broken(error) => self.broken(&error),
             // One that ends closes it just before.
             Heard::Closed if self.alarm != Alarm::GiveUp => self.alarm = Alarm::Kill,
@@ -195,9 +196,9 @@ impl<'a> Run<'a> {
             Heard::Exited(status) => {
                 // What it said before that.
                 while !self.is_broken
-                    && let Some((frame, length)) = self.interpreter.try_frame(self.result_left)
+                    && let Some((frame, cost)) = self.interpreter.try_frame(self.result_left)
                 {
-                    self.frame(frame, length);
+                    self.frame(frame, cost);
                 }
                 self.drain();
                 return Some(End::Gone(Some(status)));
@@ -206,8 +207,8 @@ impl<'a> Run<'a> {
         None
     }
 
-    fn frame(&mut self, frame: Frame, length: usize) -> Option<Outcome> {
-        self.result_left = self.result_left.saturating_sub(length);
+    fn frame(&mut self, frame: Frame, cost: usize) -> Option<Outcome> {
+        self.result_left = self.result_left.saturating_sub(cost);
         // What was printed before it comes before it.
         self.drain();
         match frame {
@@ -246,7 +247,7 @@ impl<'a> Run<'a> {
             _ => return,
         };
         let length = bytes.len() as u64;
-        let is_full = self.hurries && self.waiting.len() >= MAX_HURRIED;
+        let is_full = self.hurries && self.waiting.len() >= MAX_HURRIED_OUTPUT;
         let fitting = if self.caller_is_gone || is_full {
             0
         } else {

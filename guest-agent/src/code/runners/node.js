@@ -13,10 +13,12 @@
     const OK = 1, FAILED = 2, INTERRUPTED = 3;
     const MAX_ERROR_CHARS = 48 * 1024;
     // What a form of a result costs beside its bytes, and a result beside its forms.
-    const FORM_BYTES = 16, RESULT_BYTES = 64, MAX_FORMS = 32;
+    const FORM_BYTES = 16, RESULT_BYTES = 80, MAX_FORMS = 32;
     const OWN = 'soulbox-runner';
     const IMPORT = '__soulbox_import';
 
+    // Code may have variables of these names.
+    const { Buffer, console, process } = globalThis;
     const fs = require('fs');
     const path = require('path');
     const util = require('util');
@@ -201,6 +203,16 @@
         return parts.length ? `${whole} ({ ${parts.join(', ')} } = ${rest});` : whole;
     }
 
+    // Globals of Node's that are computed, such as `crypto`, may ignore what is assigned
+    // to them: they become plain ones before code declares a variable of that name.
+    function free(name) {
+        const { get, configurable } = Object.getOwnPropertyDescriptor(globalThis, name) ?? {};
+        if (get && configurable) {
+            const value = globalThis[name];
+            Object.defineProperty(globalThis, name, { value, writable: true, configurable: true });
+        }
+    }
+
     // The piece with what it declares made lasting: `source` runs as a script, and
     // where it is `async` its value is a promise of an array with the value. Lines stay
     // where they were, for the sake of errors, and the first begins with `head`
@@ -215,11 +227,14 @@
         const edits = [];
         const edit = (start, end, text) => edits.push({ start, end, text });
         const names = [];
+        const own = [];
         const functions = [];
         tree.body.forEach((outer, index) => {
             const node = body[index];
             if (outer !== node) edit(outer.start, node.start, '');
+            else if (node.type.startsWith('Export')) edit(node.start, node.end, '');
             if (node.type === 'VariableDeclaration') {
+                for (const { id } of node.declarations) namesIn(id, own);
                 if (!isAsync) {
                     // As long as what it replaces, but for `let`.
                     edit(node.start, node.start + node.kind.length, 'var'.padEnd(node.kind.length));
@@ -270,6 +285,7 @@
             at = Math.max(at, end);
         }
         source += code.slice(at);
+        own.concat(names).forEach(free);
         const variables = names.length ? `var ${[...new Set(names)].join(', ')}; ` : '';
         if (isAsync) {
             const hoisted = functions.map((name) => `globalThis.${name} = ${name}; `).join('');
@@ -390,9 +406,19 @@
             outcome = isInterrupt(error) ? INTERRUPTED : FAILED;
             send(errorMessage(error));
         }
+        await Promise.all([process.stdout, process.stderr].map(written));
         state.runs = false;
         state.interrupt = null;
         send(finished(outcome));
+    }
+
+    // Until the agent has what was written: Node may keep it.
+    function written(stream) {
+        if (!stream.writableLength || stream.destroyed || stream.writableEnded) return undefined;
+        return new Promise((done) => {
+            stream.write('', done);
+            stream.once('close', done);
+        });
     }
 
     // --- TypeScript ---
@@ -480,6 +506,9 @@
         globalThis._ = undefined;
         Object.defineProperty(globalThis, IMPORT, { value: importHere });
         Object.defineProperty(Math, 'random', { value: random, writable: true, configurable: true });
+        // Node would keep in memory what the agent has not read yet, and the programs
+        // that code starts would find a pipe that does not block.
+        for (const { _handle: pipe } of [process.stdout, process.stderr]) pipe?.setBlocking?.(true);
         process.execArgv = [];
         process.argv = [process.argv[0]];
         // Code that fails while nothing runs must not end what is kept here.
@@ -513,6 +542,10 @@
                 if (header.readUInt32LE(4) & RESEED) seeded = false;
                 state.resultLeft = Number(header.readBigUInt64LE(16));
                 return run(Number(header.readBigUInt64LE(8)), code);
+            }).catch((error) => {
+                // Code has broken what this runner works with.
+                say(error);
+                process.exit(70);
             });
         }
     });

@@ -26,7 +26,7 @@ MAX_ERROR_CHARS = 48 * 1024
 MAX_SOURCES = 1000
 # What a form of a result costs beside its bytes, and a result beside its forms.
 FORM_BYTES = 16
-RESULT_BYTES = 64
+RESULT_BYTES = 80
 MAX_FORMS = 32
 
 main = sys.modules['__main__']
