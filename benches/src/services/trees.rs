@@ -161,6 +161,7 @@ async fn upload(agent: &mut Agent, from: &Path, to: &str) -> Result<Duration> {
     let start = Instant::now();
     let mut tar = Command::from(pack_command(from))
         .stdout(std::process::Stdio::piped())
+        .kill_on_drop(true)
         .spawn()
         .context("running tar")?;
     let packed = tar.stdout.take().context("tar without a pipe")?;
@@ -193,6 +194,7 @@ async fn download(agent: &mut Agent, from: &str, to: &Path) -> Result<Duration> 
     let start = Instant::now();
     let mut tar = Command::from(unpack_command(to))
         .stdin(std::process::Stdio::piped())
+        .kill_on_drop(true)
         .spawn()
         .context("running tar")?;
     let mut packed = tar.stdin.take().context("tar without a pipe")?;
