@@ -34,6 +34,7 @@ const CGROUP: &str = "/sys/fs/cgroup/soulbox";
 pub fn run(options: Options) -> anyhow::Result<()> {
     let started_us = boot_time_us();
     sys::process::use_one_malloc_arena();
+    sys::process::ignore_no_signals();
     sys::process::set_inherited_fds_cloexec().context("descriptors")?;
     open_standard_descriptors();
     exit_on_panic();
@@ -47,6 +48,9 @@ pub fn run(options: Options) -> anyhow::Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .thread_keep_alive(THREAD_KEEP_ALIVE)
+        // A program's end is for the thread that serves: another would wake up to
+        // wake it.
+        .on_thread_start(sys::process::block_signals)
         .build()
         .context("the runtime")?;
     runtime.block_on(serve(&options, started_us))?;

@@ -14,11 +14,13 @@
 mod agent;
 mod exec;
 mod init;
+mod metrics;
 pub mod options;
 mod ports;
 mod ready;
 mod reaper;
 mod server;
+mod signals;
 mod spec;
 mod status;
 mod sys;

@@ -4,6 +4,9 @@ use std::convert::Infallible;
 use std::task::{Context, Poll};
 
 use soulbox_proto::guest::MAX_REQUEST_BYTES;
+use soulbox_proto::guest::v1::metrics_service_server::{
+    MetricsServiceServer, SERVICE_NAME as METRICS,
+};
 use soulbox_proto::guest::v1::port_service_server::{PortServiceServer, SERVICE_NAME as PORT};
 use soulbox_proto::guest::v1::process_service_server::{
     ProcessServiceServer, SERVICE_NAME as PROCESS,
@@ -19,6 +22,7 @@ use tonic::codegen::{BoxFuture, Service};
 use tonic::transport::server::{Connected, Server};
 
 use crate::exec::Processes;
+use crate::metrics::Metrics;
 use crate::ports::Ports;
 use crate::system::System;
 
@@ -29,13 +33,14 @@ const CONNECTION_WINDOW_BYTES: u32 = (1 << 31) - 1;
 /// Chunks of files and of programs' input are one frame each.
 const FRAME_BYTES: u32 = 256 * 1024;
 
-/// Every service of the agent. Routes by name itself: a router for three names
+/// Every service of the agent. Routes by name itself: a router for a few names
 /// would bring a web framework into every snapshot.
 #[derive(Clone)]
 pub(crate) struct Services {
     process: ProcessServiceServer<Processes>,
     system: SystemServiceServer<System>,
     ports: PortServiceServer<Ports>,
+    metrics: MetricsServiceServer<Metrics>,
 }
 
 // === impl Services ===
@@ -47,6 +52,7 @@ impl Services {
             process: process.max_decoding_message_size(MAX_REQUEST_BYTES),
             system: SystemServiceServer::new(system),
             ports: PortServiceServer::new(ports),
+            metrics: MetricsServiceServer::new(Metrics),
         }
     }
 
@@ -88,6 +94,7 @@ impl Service<http::Request<Body>> for Services {
             Some(PROCESS) => self.process.call(request),
             Some(SYSTEM) => self.system.call(request),
             Some(PORT) => self.ports.call(request),
+            Some(METRICS) => self.metrics.call(request),
             _ => Box::pin(async {
                 let status =
                     Status::unimplemented("this agent has no such service: use one of its age");

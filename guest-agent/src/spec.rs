@@ -3,14 +3,18 @@
 use std::ffi::CString;
 use std::time::Duration;
 
-use soulbox_proto::guest::v1::{EnvVar, ProcessSpec, ResourceLimits};
+use soulbox_proto::guest::v1::{EnvVar, ProcessSpec, ResourceLimits, TerminalSize};
 use tonic_types::FieldViolation;
 
+use crate::exec::Limits;
+
 /// A [`ProcessSpec`] whose every field is known to be sound.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Spec {
-    /// Never empty.
+    /// Empty where there is a `shell_line`, and never else.
     pub(crate) argv: Vec<CString>,
+    /// For the user's shell.
+    pub(crate) shell_line: Option<CString>,
     /// Names and values; none has a NUL, and no name is empty or has a `=`.
     pub(crate) env: Vec<(Vec<u8>, Vec<u8>)>,
     /// Absolute. None is the user's home.
@@ -19,6 +23,13 @@ pub(crate) struct Spec {
     pub(crate) timeout: Option<Duration>,
     pub(crate) limits: Vec<(libc::__rlimit_resource_t, libc::rlimit)>,
     pub(crate) stdin: bool,
+    /// It has one instead of pipes.
+    pub(crate) terminal: Option<TerminalSize>,
+    pub(crate) nice: i32,
+    pub(crate) cgroup: Option<Limits>,
+    pub(crate) kill_on_disconnect: bool,
+    pub(crate) tag: String,
+    pub(crate) keep_output_bytes: u32,
 }
 
 /// Everything that is wrong with a request, field by field.
@@ -27,6 +38,10 @@ pub(crate) struct Violations(pub(crate) Vec<FieldViolation>);
 
 /// A year: longer is a mistake in units.
 const MAX_TIMEOUT: Duration = Duration::from_secs(366 * 24 * 60 * 60);
+const MAX_TAG_BYTES: usize = 128;
+const KEEP_OUTPUT_BYTES: u32 = 64 * 1024;
+const MAX_KEEP_OUTPUT_BYTES: u32 = 16 * 1024 * 1024;
+const NICE: std::ops::RangeInclusive<i32> = -20..=19;
 
 // === impl Spec ===
 
@@ -35,7 +50,7 @@ impl TryFrom<ProcessSpec> for Spec {
 
     fn try_from(spec: ProcessSpec) -> Result<Self, Violations> {
         let mut violations = Violations::default();
-        let argv = check_argv(spec.argv, &mut violations);
+        let (argv, shell_line) = check_command(spec.argv, spec.shell_line, &mut violations);
         let env = check_env(spec.env, &mut violations);
         let cwd = check_cwd(&spec.cwd, &mut violations);
         if spec.user.contains('\0') {
@@ -45,16 +60,42 @@ impl TryFrom<ProcessSpec> for Spec {
             .timeout
             .and_then(|timeout| check_timeout(timeout, &mut violations));
         let limits = spec.limits.as_ref().map(limits_of).unwrap_or_default();
+        if let Some(size) = spec.terminal {
+            check_size("start.terminal", size, &mut violations);
+        }
+        if !NICE.contains(&spec.nice) {
+            violations.add("start.nice", "must be -20 to 19");
+        }
+        let cgroup = spec.cgroup.as_ref();
+        let cgroup = cgroup.and_then(|limits| Limits::check(limits, &mut violations));
+        if spec.tag.len() > MAX_TAG_BYTES {
+            let problem = format!("must have at most {MAX_TAG_BYTES} bytes");
+            violations.add("start.tag", problem);
+        }
+        if spec.keep_output_bytes > MAX_KEEP_OUTPUT_BYTES {
+            let problem = format!("must be at most {MAX_KEEP_OUTPUT_BYTES}");
+            violations.add("start.keep_output_bytes", problem);
+        }
 
         violations.into_result()?;
         Ok(Self {
             argv,
+            shell_line,
             env,
             cwd,
             user: spec.user,
             timeout,
             limits,
             stdin: spec.stdin,
+            terminal: spec.terminal,
+            nice: spec.nice,
+            cgroup,
+            kill_on_disconnect: spec.kill_on_disconnect,
+            tag: spec.tag,
+            keep_output_bytes: match spec.keep_output_bytes {
+                0 => KEEP_OUTPUT_BYTES,
+                bytes => bytes,
+            },
         })
     }
 }
@@ -84,6 +125,36 @@ pub(crate) fn check_signal(number: u32) -> Result<i32, Violations> {
             "must be a Linux signal number, 1 to 64",
         )),
     }
+}
+
+/// Checks the size of a terminal.
+pub(crate) fn check_size(field: &str, size: TerminalSize, violations: &mut Violations) {
+    for (name, cells) in [("columns", size.columns), ("rows", size.rows)] {
+        if !(1..=65_535).contains(&cells) {
+            violations.add(format!("{field}.{name}"), "must be 1 to 65535");
+        }
+    }
+}
+
+fn check_command(
+    argv: Vec<bytes::Bytes>,
+    shell_line: bytes::Bytes,
+    violations: &mut Violations,
+) -> (Vec<CString>, Option<CString>) {
+    if shell_line.is_empty() {
+        return (check_argv(argv, violations), None);
+    }
+    if !argv.is_empty() {
+        violations.add(
+            "start.shell_line",
+            "is in the place of argv: give one of them",
+        );
+    }
+    let line = CString::new(Vec::from(shell_line)).ok();
+    if line.is_none() {
+        violations.add("start.shell_line", "holds a NUL byte");
+    }
+    (Vec::new(), line)
 }
 
 fn check_argv(argv: Vec<bytes::Bytes>, violations: &mut Violations) -> Vec<CString> {
@@ -215,6 +286,13 @@ mod tests {
                 seconds: -1,
                 nanos: 0,
             }),
+            terminal: Some(TerminalSize {
+                columns: 0,
+                rows: 65_536,
+            }),
+            nice: -21,
+            tag: "t".repeat(129),
+            keep_output_bytes: (16 << 20) + 1,
             ..ProcessSpec::default()
         };
         let expected = [
@@ -224,8 +302,31 @@ mod tests {
             "start.cwd",
             "start.user",
             "start.timeout",
+            "start.terminal.columns",
+            "start.terminal.rows",
+            "start.nice",
+            "start.tag",
+            "start.keep_output_bytes",
         ];
         assert_eq!(fields(wrong), expected);
+    }
+
+    #[test]
+    fn a_line_is_in_the_place_of_arguments() {
+        let line = |line: &'static [u8]| ProcessSpec {
+            shell_line: Bytes::from_static(line),
+            ..ProcessSpec::default()
+        };
+        let checked = Spec::try_from(line(b"a | b\xff")).unwrap();
+        assert_eq!(checked.shell_line, CString::new(b"a | b\xff").ok());
+        assert!(checked.argv.is_empty());
+        assert_eq!(checked.keep_output_bytes, KEEP_OUTPUT_BYTES);
+        assert_eq!(fields(line(b"a\0b")), ["start.shell_line"]);
+        let both = ProcessSpec {
+            argv: vec![Bytes::from_static(b"sh")],
+            ..line(b"a")
+        };
+        assert_eq!(fields(both), ["start.shell_line"]);
     }
 
     #[test]
@@ -264,6 +365,10 @@ mod tests {
             timeout in prop::option::of((any::<i64>(), any::<i32>())),
             limit in prop::option::of(any::<u64>()),
             stdin in any::<bool>(),
+            line in prop_oneof![Just(Bytes::new()), any_bytes()],
+            terminal in prop::option::of((any::<u32>(), any::<u32>())),
+            nice in any::<i32>(),
+            keep_output_bytes in any::<u32>(),
         ) -> ProcessSpec {
             ProcessSpec {
                 argv,
@@ -277,6 +382,14 @@ mod tests {
                     ..ResourceLimits::default()
                 }),
                 stdin,
+                shell_line: line,
+                terminal: terminal.map(|(columns, rows)| TerminalSize { columns, rows }),
+                nice: nice % 32,
+                cgroup: limit.map(|limit| soulbox_proto::guest::v1::CgroupLimits {
+                    pids: Some(limit % 8),
+                    ..Default::default()
+                }),
+                keep_output_bytes: keep_output_bytes >> 6,
                 ..ProcessSpec::default()
             }
         }
@@ -288,7 +401,11 @@ mod tests {
             let Ok(spec) = Spec::try_from(proto.clone()) else { return Ok(()) };
             let argv: Vec<_> = spec.argv.iter().map(CString::as_bytes).collect();
             prop_assert_eq!(argv, proto.argv.iter().map(|argument| &argument[..]).collect::<Vec<_>>());
-            prop_assert!(!spec.argv[0].is_empty());
+            prop_assert_eq!(spec.argv.is_empty(), spec.shell_line.is_some());
+            prop_assert!(spec.argv.first().is_none_or(|name| !name.is_empty()));
+            prop_assert!(spec.terminal.is_none_or(|size| size.columns > 0 && size.rows > 0));
+            prop_assert!((-20..=19).contains(&spec.nice));
+            prop_assert!((1..=MAX_KEEP_OUTPUT_BYTES).contains(&spec.keep_output_bytes));
             for (name, value) in &spec.env {
                 prop_assert!(!name.is_empty() && !name.contains(&b'=') && !name.contains(&0));
                 prop_assert!(!value.contains(&0));

@@ -44,7 +44,13 @@ impl From<StartError> for Status {
                 cannot_start(Code::NotFound, "USER_NOT_FOUND", NOT_EXECUTABLE, message)
             }
             StartError::StringTooLong(_) => too_long(message),
-            StartError::Pipes(error) | StartError::Cgroup(error) => {
+            StartError::Limits(_) => cannot_start(
+                Code::FailedPrecondition,
+                "LIMITS_UNAVAILABLE",
+                NOT_EXECUTABLE,
+                message,
+            ),
+            StartError::Pipes(error) | StartError::Terminal(error) | StartError::Cgroup(error) => {
                 let message = format!("{message} ({error})");
                 cannot_start(
                     Code::ResourceExhausted,
@@ -136,7 +142,15 @@ fn spawn_status(error: SpawnError, name: &[u8], cwd: &[u8], user: &str) -> Statu
             &format!("the kernel refuses one ({said}): ask for less than the guest's own limits"),
         )
         .into(),
-        (Stage::Clone | Stage::Session | Stage::Stdio | Stage::User, _) => cannot_start(
+        (
+            Stage::Clone
+            | Stage::Session
+            | Stage::Stdio
+            | Stage::Terminal
+            | Stage::Priority
+            | Stage::User,
+            _,
+        ) => cannot_start(
             Code::Internal,
             "PROCESS_NOT_STARTED",
             NOT_EXECUTABLE,

@@ -84,6 +84,12 @@ impl Users {
         Ok(identity)
     }
 
+    /// What a number is called; the number where it has no account.
+    pub(crate) fn name_of(&self, uid: u32) -> String {
+        let account = self.accounts().find(|account| account.uid == uid);
+        account.map_or_else(|| uid.to_string(), |account| account.name.to_owned())
+    }
+
     fn identity(&self, account: &Account<'_>) -> Identity {
         let mut groups = vec![account.gid];
         groups.extend(
@@ -213,6 +219,12 @@ mod tests {
             ("4242", 4242, vec![4242])
         );
         assert_eq!(other.home, "/");
+    }
+
+    #[test]
+    fn a_number_has_its_accounts_name() {
+        assert_eq!(users().name_of(1000), "user");
+        assert_eq!(users().name_of(4242), "4242");
     }
 
     #[test]

@@ -99,13 +99,13 @@ async fn a_program_that_is_asked_for_meanwhile_runs_after_configure() {
 }
 
 #[tokio::test]
-async fn a_suspended_program_dies_with_its_connection() {
+async fn a_suspended_program_that_is_bound_to_its_call_dies_with_it() {
     let guest = Guest::start_as_init().await;
     // What a clone sees of its parent's calls: the connection is gone.
     let mut parent = ProcessServiceClient::new(guest.connection().await);
     let (requests, stream) = tokio::sync::mpsc::channel(1);
     let line = "setsid sleep 1000 & while :; do :; done";
-    requests.send(start(sh(line))).await.unwrap();
+    requests.send(start(bound(sh(line)))).await.unwrap();
     let responses = parent.exec(ReceiverStream::new(stream)).await.unwrap();
     let mut responses = responses.into_inner();
     let first = responses.message().await.unwrap().unwrap().event;
@@ -120,6 +120,48 @@ async fn a_suspended_program_dies_with_its_connection() {
     }
     configure(&guest, new_identity()).await.unwrap();
     assert_eq!(guest.sh("echo yes").await.text(), "yes\n");
+}
+
+#[tokio::test]
+async fn a_program_is_found_again_after_a_fork() {
+    let guest = Guest::start_as_init().await;
+    let mut parent = ProcessServiceClient::new(guest.connection().await);
+    let (requests, stream) = tokio::sync::mpsc::channel(1);
+    let line = "while :; do echo tick; sleep 0.01; done";
+    requests.send(start(sh(line))).await.unwrap();
+    let responses = parent.exec(ReceiverStream::new(stream)).await.unwrap();
+    let mut responses = responses.into_inner();
+    let first = responses.message().await.unwrap().unwrap().event;
+    let Some(Event::Started(Started { id, .. })) = first else {
+        panic!("{first:?}")
+    };
+    let ended = guest.exec(sh("echo said; exit 4")).await.unwrap();
+    let ended_id = ended.id;
+    ended.finish().await.unwrap();
+
+    // Of the parent's connections a clone has none.
+    suspend(&guest).await.unwrap();
+    drop((parent, requests, responses));
+    while guest.entry(id).await.unwrap().callers > 0 {}
+    // Also before it knows who it is, it can be asked what it was doing.
+    let mut attached = guest.attach(id).await.unwrap();
+    assert!(matches!(attached.event().await, Event::Stdout(_)));
+    let output = async || guest.entry(id).await.unwrap().output_bytes;
+    let said = output().await;
+    tokio::time::sleep(A_WHILE).await;
+    assert_eq!(output().await, said);
+
+    configure(&guest, new_identity()).await.unwrap();
+    while output().await <= said {}
+    let known: Vec<_> = guest.list().await.iter().map(|entry| entry.id).collect();
+    assert_eq!(known, [id, ended_id]);
+    let late = guest.attach(ended_id).await.unwrap();
+    let late = late.finish().await.unwrap();
+    assert_eq!((late.text(), late.code()), ("said\n", 4));
+    let new = guest.exec(sh("true")).await.unwrap();
+    assert!(!known.contains(&new.id));
+    assert!(guest.signal(id, "TERM", true).await.unwrap());
+    assert_eq!(attached.finish().await.unwrap().signal(), 15);
 }
 
 #[tokio::test]
@@ -282,6 +324,7 @@ async fn a_program_that_cannot_stop_is_told_of_and_all_go_on() {
     assert_eq!(reason(&status).0, "NOT_SUSPENDED");
     assert_eq!(guest.sh("echo on").await.text(), "on\n");
 
+    assert!(guest.signal(stuck.id, "KILL", true).await.unwrap());
     drop(stuck);
     until(|| guest.cgroup_event("populated") == Some(false)).await;
     suspend(&guest).await.unwrap();

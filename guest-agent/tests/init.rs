@@ -48,6 +48,25 @@ async fn sets_the_guest_up() {
 }
 
 #[tokio::test]
+async fn programs_have_terminals() {
+    let guest = Guest::start_as_init().await;
+    let line = "tty; stat -c '%U %G %a' $(tty); stat -c '%a' /dev/pts/ptmx; echo >/dev/tty; \
+                SHELL=/bin/sh script -qec tty /dev/null";
+    let terminal = ProcessSpec {
+        user: "daemon".to_owned(),
+        terminal: Some(TerminalSize {
+            columns: 80,
+            rows: 24,
+        }),
+        ..sh(line)
+    };
+    let finished = guest.run(terminal).await.unwrap();
+    // And may make more, as tmux does.
+    let expected = "/dev/pts/0\r\ndaemon tty 620\r\n666\r\n\r\n/dev/pts/1\r\n";
+    assert_eq!(finished.text(), expected);
+}
+
+#[tokio::test]
 async fn becomes_who_it_is_told_to_be() {
     let guest = Guest::start_as_init().await;
     // No clock: it has no namespace.

@@ -22,7 +22,7 @@ ip netns exec router sh -euc '
         close STDOUT;
         while (\$client = \$server->accept) { fork or do { print \$client \$_ while <\$client>; exit } }
     " 2>/dev/null &
-'
+' | head -n1
 "#;
 
 /// Says what has come back, and then, where it waits for more, why nothing does.

@@ -314,7 +314,7 @@ async fn refuses_what_breaks_the_protocol() {
         .unwrap_err();
     assert_eq!(fields(&status), ["start.argv"]);
 
-    // A program that runs is killed with the call.
+    // A program that is bound to its call is killed with it.
     for (input, field) in [
         (start(spec(&["true"])), "start"),
         (request(process_input::Input::Signal(0)), "input.signal"),
@@ -326,10 +326,10 @@ async fn refuses_what_breaks_the_protocol() {
         (ExecRequest { message: None }, "input"),
     ] {
         let call = guest
-            .exec(ProcessSpec {
+            .exec(bound(ProcessSpec {
                 stdin: true,
                 ..spec(&["sleep", "1000"])
-            })
+            }))
             .await
             .unwrap();
         let pid = call.pid;
@@ -337,7 +337,7 @@ async fn refuses_what_breaks_the_protocol() {
         assert_eq!(fields(&call.finish().await.unwrap_err()), [field]);
         until(|| !lives(pid)).await;
     }
-    let call = guest.exec(spec(&["sleep", "1000"])).await.unwrap();
+    let call = guest.exec(bound(spec(&["sleep", "1000"]))).await.unwrap();
     call.stdin("x").await;
     assert_eq!(fields(&call.finish().await.unwrap_err()), ["input.stdin"]);
 }

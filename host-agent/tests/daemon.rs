@@ -365,7 +365,9 @@ async fn what_is_not_there_is_said_and_deleting_it_succeeds() {
     let list = ListProcessesRequest {};
     let status = processes.list_processes(to(NO_SANDBOX, list)).await;
     assert_eq!(reason(&status.unwrap_err()), "SANDBOX_NOT_FOUND");
-    let status = processes.exec(to(NO_SANDBOX, tokio_stream::pending())).await;
+    let status = processes
+        .exec(to(NO_SANDBOX, tokio_stream::pending()))
+        .await;
     assert_eq!(reason(&status.unwrap_err()), "SANDBOX_NOT_FOUND");
     let status = processes.list_processes(to("../etc", list)).await;
     assert_eq!(fields(&status.unwrap_err()), [SANDBOX_METADATA]);
@@ -443,9 +445,18 @@ async fn reflection_and_health_answer() {
     for expected in [
         "soulbox.host.v1.SandboxService",
         "soulbox.host.v1.NodeService",
+        "soulbox.host.v1.NetworkService",
+        "soulbox.guest.v1.ProcessService",
+        "soulbox.guest.v1.FilesystemService",
+        "soulbox.guest.v1.CodeService",
+        "soulbox.guest.v1.MetricsService",
         "grpc.health.v1.Health",
     ] {
         assert!(names.iter().any(|name| name == expected), "{names:?}");
+    }
+    for other in ["SystemService", "PortService"] {
+        let other = format!("soulbox.guest.v1.{other}");
+        assert!(!names.contains(&other), "{names:?}");
     }
 }
 

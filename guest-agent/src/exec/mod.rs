@@ -1,44 +1,51 @@
 //! ProcessService: runs programs.
 //!
 //! `spec` checks what was asked, `program` turns it into what execve(2) takes,
-//! `process` starts and kills it, `session` is the call from its start to
-//! `exited`, `input` and `output` are the two directions of that call.
+//! `process` starts and kills it, `task` follows it to its end. What it says goes
+//! through `output` to the `log` of its `job`, from where each `call` reads; `input`
+//! is the other direction. The `table` knows every job.
 
+mod call;
 mod cgroup;
 mod input;
+mod job;
+mod log;
 mod output;
 mod process;
 mod program;
-mod session;
+mod stdio;
+mod table;
+mod task;
 
 use std::io;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering};
 
 use soulbox_proto::guest::v1::process_service_server::ProcessService;
-use soulbox_proto::guest::v1::{ExecRequest, ExecResponse, exec_request};
-use tokio::sync::{mpsc, watch};
-use tokio_stream::wrappers::ReceiverStream;
+use soulbox_proto::guest::v1::{
+    AttachProcess, AttachRequest, ExecRequest, ListProcessesRequest, ListProcessesResponse,
+    SignalProcessRequest, SignalProcessResponse, attach_request, exec_request,
+};
+use tokio::sync::watch;
 use tonic::{Code, Request, Response, Status, Streaming};
 
-pub(crate) use self::cgroup::Cgroups;
+use self::call::Call;
+pub(crate) use self::cgroup::{Cgroups, Limits};
+use self::job::{Job, Options};
 use self::process::Process;
 pub(crate) use self::process::StartError;
-use self::session::Session;
+use self::table::Table;
+use self::task::Task;
 use crate::reaper::Reaper;
+use crate::signals::parse_signal;
 use crate::spec::{Spec, Violations};
 use crate::status::{internal, refused};
-
-/// How many messages wait for a caller who reads slowly: with chunks of 64 KiB,
-/// a quarter of a megabyte for each running program.
-const OUTPUT_MESSAGES: usize = 4;
 
 /// Serves ProcessService. Clones share everything.
 #[derive(Clone)]
 pub(crate) struct Processes {
     reaper: Reaper,
     cgroups: Option<Arc<Cgroups>>,
-    running: Arc<AtomicU32>,
+    table: Arc<Table>,
     suspended: watch::Sender<bool>,
     /// Told when the guest is to stop.
     stop: watch::Receiver<bool>,
@@ -57,9 +64,6 @@ pub(crate) enum SuspendError {
     TimedOut,
 }
 
-/// Counts a program as running while it lives.
-struct Running(Arc<AtomicU32>);
-
 // === impl Processes ===
 
 impl Processes {
@@ -72,7 +76,7 @@ impl Processes {
         Self {
             reaper,
             cgroups: cgroups.map(Arc::new),
-            running: Arc::default(),
+            table: Arc::default(),
             suspended: watch::Sender::new(false),
             stop,
         }
@@ -123,85 +127,111 @@ impl Processes {
     }
 
     pub(crate) fn running(&self) -> u32 {
-        self.running.load(Ordering::Relaxed)
+        self.table.running()
+    }
+
+    /// Starts a program, and has a task follow it.
+    async fn start(&self, spec: Spec) -> Result<Arc<Job>, Status> {
+        self.may_start().await?;
+        let timeout = spec.timeout;
+        let options = Options {
+            has_stdin: spec.stdin || spec.terminal.is_some(),
+            kill_on_disconnect: spec.kill_on_disconnect,
+            tag: spec.tag.clone(),
+            keep_output_bytes: spec.keep_output_bytes,
+        };
+        let (reaper, cgroups) = (self.reaper.clone(), self.cgroups.clone());
+        let start = move || Process::start(&spec, reaper, cgroups);
+        let process = tokio::task::spawn_blocking(start)
+            .await
+            .map_err(|error| internal(format!("the start did not finish: {error}")))??;
+        let failed = |error| internal(format!("the program cannot be followed: {error}"));
+        let id = self.table.fresh_id().map_err(failed)?;
+        let task = Task::new(process, id, options, timeout).map_err(failed)?;
+        let job = Arc::clone(task.job());
+        self.table.insert(Arc::clone(&job));
+        tokio::spawn(task.run(Arc::clone(&self.table)));
+        Ok(job)
+    }
+
+    fn find(&self, id: u64) -> Result<Arc<Job>, Status> {
+        self.table.find(id).ok_or_else(|| {
+            let message = format!(
+                "there is no program {id}, or it ended some time ago: ListProcesses tells \
+                 those that are known"
+            );
+            refused(Code::NotFound, "PROCESS_NOT_FOUND", message)
+        })
     }
 }
 
 #[tonic::async_trait]
 impl ProcessService for Processes {
-    type ExecStream = ReceiverStream<Result<ExecResponse, Status>>;
+    type ExecStream = Call;
 
     async fn exec(
         &self,
         request: Request<Streaming<ExecRequest>>,
-    ) -> Result<Response<Self::ExecStream>, Status> {
+    ) -> Result<Response<Call>, Status> {
         let mut requests = request.into_inner();
-        let first = requests
-            .message()
-            .await?
-            .and_then(|request| request.message);
-        let Some(exec_request::Message::Start(spec)) = first else {
+        let first = requests.message().await?;
+        let Some(exec_request::Message::Start(spec)) = first.and_then(|request| request.message)
+        else {
             return Err(Violations::of("start", "must be the first message of the call").into());
         };
-        let spec = Spec::try_from(spec)?;
-        let timeout = spec.timeout;
-        self.may_start().await?;
-
-        // On a thread of its own: while the program is opened the caller waits,
-        // and a filesystem that a stuck program serves may make that long. If the
-        // call ends meanwhile, the process is dropped with the result, and dies.
-        let (reaper, cgroups) = (self.reaper.clone(), self.cgroups.clone());
-        let start = move || Process::start(spec, reaper, cgroups);
-        let process = tokio::task::spawn_blocking(start)
-            .await
-            .map_err(|error| internal(format!("the start did not finish: {error}")))??;
-
-        let (responses, stream) = mpsc::channel(OUTPUT_MESSAGES);
-        let session = Session::new(process, timeout, responses)?;
-        let running = Running::new(&self.running);
-        tokio::spawn(async move {
-            session.run(requests).await;
-            drop(running);
-        });
-        Ok(Response::new(ReceiverStream::new(stream)))
+        let job = self.start(Spec::try_from(spec)?).await?;
+        Ok(Response::new(Call::of_exec(&job, requests)))
     }
 
-    type AttachStream = ReceiverStream<Result<ExecResponse, Status>>;
+    type AttachStream = Call;
 
     async fn attach(
         &self,
-        _: Request<Streaming<soulbox_proto::guest::v1::AttachRequest>>,
-    ) -> Result<Response<Self::AttachStream>, Status> {
-        Err(Status::unimplemented(""))
+        request: Request<Streaming<AttachRequest>>,
+    ) -> Result<Response<Call>, Status> {
+        let mut requests = request.into_inner();
+        let first = requests.message().await?;
+        let Some(attach_request::Message::Attach(attach)) =
+            first.and_then(|request| request.message)
+        else {
+            return Err(Violations::of("attach", "must be the first message of the call").into());
+        };
+        let AttachProcess {
+            id,
+            skip_kept_output,
+        } = attach;
+        let job = self.find(id)?;
+        let call = Call::of_attach(&job, requests, skip_kept_output);
+        Ok(Response::new(call))
     }
 
     async fn list_processes(
         &self,
-        _: Request<soulbox_proto::guest::v1::ListProcessesRequest>,
-    ) -> Result<Response<soulbox_proto::guest::v1::ListProcessesResponse>, Status> {
-        Err(Status::unimplemented(""))
+        _: Request<ListProcessesRequest>,
+    ) -> Result<Response<ListProcessesResponse>, Status> {
+        let processes = self.table.list();
+        Ok(Response::new(ListProcessesResponse { processes }))
     }
 
     async fn signal_process(
         &self,
-        _: Request<soulbox_proto::guest::v1::SignalProcessRequest>,
-    ) -> Result<Response<soulbox_proto::guest::v1::SignalProcessResponse>, Status> {
-        Err(Status::unimplemented(""))
-    }
-}
-
-// === impl Running ===
-
-impl Running {
-    fn new(count: &Arc<AtomicU32>) -> Self {
-        count.fetch_add(1, Ordering::Relaxed);
-        Self(Arc::clone(count))
-    }
-}
-
-impl Drop for Running {
-    fn drop(&mut self) {
-        self.0.fetch_sub(1, Ordering::Relaxed);
+        request: Request<SignalProcessRequest>,
+    ) -> Result<Response<SignalProcessResponse>, Status> {
+        let SignalProcessRequest {
+            id,
+            signal,
+            whole_tree,
+        } = request.into_inner();
+        let signal = parse_signal(&signal).ok_or_else(|| {
+            Violations::of("signal", "must be a signal such as TERM, SIGTERM or 15")
+        })?;
+        let job = self.find(id)?;
+        let sent = match (signal, whole_tree) {
+            (libc::SIGKILL, _) => job.kill(),
+            (signal, true) => job.signal_tree(signal),
+            (signal, false) => job.signal(signal),
+        };
+        Ok(Response::new(SignalProcessResponse { sent }))
     }
 }
 

@@ -36,12 +36,23 @@ const MAX_PATH_BYTES: usize = 4096;
 const MAX_NAME_BYTES: usize = 255;
 
 const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+/// What the terminal at the other end most likely is, or is like.
+const TERM: &str = "xterm-256color";
 
 // === impl Program ===
 
 impl Program {
     pub(crate) fn new(spec: &Spec, identity: &Identity) -> Result<Self, StringTooLong> {
-        for (index, argument) in spec.argv.iter().enumerate() {
+        let argv = match &spec.shell_line {
+            // `Identity` holds no NUL; one could only truncate.
+            Some(line) => vec![
+                CString::new(identity.shell.as_str()).unwrap_or_default(),
+                c"-c".to_owned(),
+                line.clone(),
+            ],
+            None => spec.argv.clone(),
+        };
+        for (index, argument) in argv.iter().enumerate() {
             check_length(|| format!("argument {index}"), argument.count_bytes())?;
         }
         let variables = variables(spec, identity);
@@ -56,16 +67,21 @@ impl Program {
         let path = variables.get(&b"PATH"[..]).copied().unwrap_or_default();
         let home = CString::new(identity.home.as_str()).unwrap_or_default();
         Ok(Self {
-            candidates: candidates(
-                spec.argv.first().map_or(&b""[..], |name| name.as_bytes()),
-                path,
-            ),
-            argv: spec.argv.clone(),
+            candidates: candidates(name(&argv), path),
+            argv,
             env,
             cwd_is_home: spec.cwd.is_none(),
             cwd: spec.cwd.clone().unwrap_or(home),
         })
     }
+
+    pub(crate) fn name(&self) -> &[u8] {
+        name(&self.argv)
+    }
+}
+
+fn name(argv: &[CString]) -> &[u8] {
+    argv.first().map_or(&b""[..], |name| name.as_bytes())
 }
 
 /// The base environment with the caller's variables on top; of two with one
@@ -79,8 +95,10 @@ fn variables<'a>(spec: &'a Spec, identity: &'a Identity) -> BTreeMap<&'a [u8], &
         ("SHELL", &identity.shell),
         ("LANG", "C.UTF-8"),
     ];
+    let of_terminal = spec.terminal.map(|_| ("TERM", TERM));
     let base = base
         .into_iter()
+        .chain(of_terminal)
         .map(|(name, value)| (name.as_bytes(), value.as_bytes()));
     let own = spec
         .env
@@ -123,7 +141,7 @@ mod tests {
     use crate::users::Users;
 
     fn program(argv: &[&str], env: &[(&str, &str)]) -> Program {
-        let spec = Spec {
+        of(&Spec {
             argv: argv
                 .iter()
                 .map(|argument| CString::new(*argument).unwrap())
@@ -132,14 +150,37 @@ mod tests {
                 .iter()
                 .map(|(name, value)| ((*name).into(), (*value).into()))
                 .collect(),
-            cwd: None,
-            user: String::new(),
-            timeout: None,
-            limits: Vec::new(),
-            stdin: false,
-        };
+            ..Spec::default()
+        })
+    }
+
+    fn of(spec: &Spec) -> Program {
         let nobody_known = Users::read(std::path::Path::new("/nonexistent"));
-        Program::new(&spec, &nobody_known.find("0").unwrap()).unwrap()
+        Program::new(spec, &nobody_known.find("0").unwrap()).unwrap()
+    }
+
+    #[test]
+    fn a_line_is_for_the_users_shell() {
+        let spec = Spec {
+            shell_line: Some(c"a | b".to_owned()),
+            ..Spec::default()
+        };
+        let line = of(&spec);
+        let expected = [c"/bin/sh".to_owned(), c"-c".to_owned(), c"a | b".to_owned()];
+        assert_eq!(line.argv, expected);
+        assert_eq!(line.candidates, [c"/bin/sh".to_owned()]);
+    }
+
+    #[test]
+    fn a_terminal_has_a_name_unless_the_caller_gives_another() {
+        let mut spec = Spec {
+            argv: vec![c"a".to_owned()],
+            terminal: Some(Default::default()),
+            ..Spec::default()
+        };
+        assert!(of(&spec).env.contains(&c"TERM=xterm-256color".to_owned()));
+        spec.env.push((b"TERM".to_vec(), b"vt100".to_vec()));
+        assert!(of(&spec).env.contains(&c"TERM=vt100".to_owned()));
     }
 
     #[test]

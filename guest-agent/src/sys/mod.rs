@@ -6,4 +6,6 @@ pub(crate) mod disk;
 pub(crate) mod process;
 pub(crate) mod random;
 pub(crate) mod spawn;
+pub(crate) mod terminal;
 pub(crate) mod wait;
+pub(crate) mod watch;

@@ -35,6 +35,10 @@ pub(crate) struct Command<'a> {
     pub(crate) gid: u32,
     pub(crate) groups: &'a [u32],
     pub(crate) limits: &'a [(libc::__rlimit_resource_t, libc::rlimit)],
+    /// setpriority(2).
+    pub(crate) nice: i32,
+    /// stdin is a terminal, which becomes the session's.
+    pub(crate) has_terminal: bool,
     /// stdin, stdout and stderr; each above 2.
     pub(crate) stdio: [BorrowedFd<'a>; 3],
     /// The cgroup's folder, into which the process is born.
@@ -47,7 +51,9 @@ pub(crate) enum Stage {
     Clone,
     Session,
     Stdio,
+    Terminal,
     Limits,
+    Priority,
     User,
     Directory,
     Execute,
@@ -60,19 +66,33 @@ pub(crate) struct SpawnError {
     pub(crate) errno: Errno,
 }
 
+// === impl SpawnError ===
+
+impl SpawnError {
+    /// Whether it can be the cgroup's: it has been removed, or takes no processes.
+    pub(crate) fn is_of_cgroup(&self) -> bool {
+        let of_cgroup = [Errno::NODEV, Errno::NOENT, Errno::BUSY, Errno::OPNOTSUPP];
+        self.stage == Stage::Clone && of_cgroup.contains(&self.errno)
+    }
+}
+
 /// The child's stack. It calls a few functions with small frames; debug builds
 /// have the largest.
 const STACK_BYTES: usize = 64 * 1024;
 
-const FLAGS: u64 = (libc::CLONE_VM | libc::CLONE_VFORK | libc::CLONE_PARENT_SETTID) as u64;
+const FLAGS: u64 =
+    (libc::CLONE_VM | libc::CLONE_VFORK | libc::CLONE_PARENT_SETTID) as u64 | CLONE_CLEAR_SIGHAND;
 // linux/sched.h; above the 32 bits that libc's constants have.
+const CLONE_CLEAR_SIGHAND: u64 = 0x1_0000_0000;
 const CLONE_INTO_CGROUP: u64 = 0x2_0000_0000;
 
-const STAGES: [Stage; 7] = [
+const STAGES: [Stage; 9] = [
     Stage::Clone,
     Stage::Session,
     Stage::Stdio,
+    Stage::Terminal,
     Stage::Limits,
+    Stage::Priority,
     Stage::User,
     Stage::Directory,
     Stage::Execute,
@@ -107,8 +127,9 @@ pub(crate) fn spawn(command: &Command<'_>, pid: &AtomicI32) -> Result<(), SpawnE
     // u128 for the 16-byte alignment that the ABI wants of a stack.
     let mut stack: Vec<u128> = Vec::with_capacity(STACK_BYTES / size_of::<u128>());
 
-    // No handler of the agent may run in the child: it would run on shared
-    // memory. The child unblocks signals once it has reset the handlers.
+    // No handler of the agent may run in the child: it would run on shared memory.
+    // CLONE_CLEAR_SIGHAND takes care of that. But what the agent ignores stays
+    // ignored; until the child has changed that, no signal may reach it.
     let mask = block_signals();
 
     let mut flags = FLAGS;
@@ -225,10 +246,23 @@ fn prepare_and_execute(args: &ChildArgs<'_>) -> Result<std::convert::Infallible,
         check(unsafe { libc::dup2(source, target) }.into())?;
     }
 
+    if command.has_terminal {
+        args.enter(Stage::Terminal);
+        // SAFETY: takes no pointer: 0 is not to take it from another session.
+        check(unsafe { libc::ioctl(0, libc::TIOCSCTTY, 0) }.into())?;
+    }
+
     args.enter(Stage::Limits);
     for (resource, limit) in command.limits {
         // SAFETY: setrlimit reads one rlimit through a reference's pointer.
         check(unsafe { libc::setrlimit(*resource, limit) }.into())?;
+    }
+
+    // Before the user, who may not go below what it is.
+    if command.nice != 0 {
+        args.enter(Stage::Priority);
+        // SAFETY: takes no pointers; 0 is the calling process.
+        check(unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, command.nice) }.into())?;
     }
 
     // Raw calls: glibc's would make every thread that it finds in this memory
@@ -274,22 +308,19 @@ fn prepare_and_execute(args: &ChildArgs<'_>) -> Result<std::convert::Infallible,
     Err(errno)
 }
 
-/// First the handlers, then the mask: a signal that is pending must not find a
-/// handler of the agent.
+/// First what the agent ignores, then the mask: a signal that is pending must not be
+/// ignored either. The agent ignores SIGPIPE only; see `ignore_no_signals`.
 fn reset_signals() {
-    // The kernel's own sigaction (handler, flags, restorer, mask), in which zero
-    // is SIG_DFL; glibc's wrapper refuses the two signals that it uses itself.
+    // The kernel's own sigaction (handler, flags, restorer, mask), in which zero is
+    // SIG_DFL. Not libc's, whose wrapper is more than a system call.
     const DEFAULT: [u64; 4] = [0; 4];
     const MASK_BYTES: usize = size_of::<u64>();
-    for signal in 1..=64 {
-        let (new, old) = (DEFAULT.as_ptr(), ptr::null_mut::<u64>());
-        // SAFETY: reads one kernel sigaction. The handler table is the child's
-        // own (no CLONE_SIGHAND). SIGKILL and SIGSTOP fail, which is harmless.
-        unsafe { libc::syscall(libc::SYS_rt_sigaction, signal, new, old, MASK_BYTES) };
-    }
-    // SAFETY: reads one kernel signal set, of which zero is the empty one.
+    let none = DEFAULT.as_ptr();
+    // SAFETY: both read one structure, all of whose bytes are there. The signal
+    // table is the child's own (no CLONE_SIGHAND).
     unsafe {
-        let (none, old) = (DEFAULT.as_ptr(), ptr::null_mut::<u64>());
+        let old = ptr::null_mut::<u64>();
+        libc::syscall(libc::SYS_rt_sigaction, libc::SIGPIPE, none, old, MASK_BYTES);
         libc::syscall(
             libc::SYS_rt_sigprocmask,
             libc::SIG_SETMASK,
@@ -301,7 +332,7 @@ fn reset_signals() {
 }
 
 /// Blocks every signal for this thread, and returns what was blocked before.
-fn block_signals() -> libc::sigset_t {
+pub(super) fn block_signals() -> libc::sigset_t {
     // SAFETY: sigset_t is plain data, and both pointers are to live locals. With
     // a valid first argument the call cannot fail.
     unsafe {

@@ -54,6 +54,13 @@ pub struct Call {
     requests: mpsc::Sender<ExecRequest>,
     pub responses: Streaming<ExecResponse>,
     pub pid: u32,
+    pub id: u64,
+}
+
+/// A call of Attach.
+pub struct Attached {
+    requests: mpsc::Sender<AttachRequest>,
+    pub responses: Streaming<ExecResponse>,
 }
 
 /// What a program wrote and how it ended.
@@ -62,6 +69,8 @@ pub struct Finished {
     pub stdout: Vec<u8>,
     pub stderr: Vec<u8>,
     pub exited: Exited,
+    /// Bytes of the output that were told to be missing.
+    pub dropped: u64,
 }
 
 // === impl Guest ===
@@ -158,15 +167,21 @@ impl Guest {
 
     /// The folders of programs' cgroups that exist.
     pub fn cgroups(&self) -> usize {
-        let entries = self
-            .cgroup
-            .as_ref()
-            .map(|cgroup| std::fs::read_dir(cgroup).unwrap());
-        entries
-            .into_iter()
-            .flatten()
-            .filter(|entry| entry.as_ref().unwrap().path().is_dir())
-            .count()
+        self.kinds_of_cgroups()
+            .iter()
+            .map(|kind| folders(kind).len())
+            .sum()
+    }
+
+    fn kinds_of_cgroups(&self) -> Vec<PathBuf> {
+        self.cgroup.as_deref().map(folders).unwrap_or_default()
+    }
+
+    /// Whether the machine's cgroup2 can limit this.
+    pub fn has_controller(&self, name: &str) -> bool {
+        let root = self.cgroup.as_deref().and_then(Path::parent);
+        let list = root.map(|root| std::fs::read_to_string(root.join("cgroup.controllers")));
+        list.is_some_and(|list| list.unwrap().split_whitespace().any(|word| word == name))
     }
 
     /// A line of `cgroup.events` of the folder of programs' cgroups.
@@ -195,32 +210,87 @@ impl Guest {
             .into_inner()
     }
 
+    pub fn processes(&self) -> ProcessServiceClient<Channel> {
+        ProcessServiceClient::new(self.channel.clone())
+    }
+
+    pub async fn list(&self) -> Vec<ProcessEntry> {
+        let mut client = self.processes();
+        let list = client.list_processes(ListProcessesRequest {}).await;
+        list.unwrap().into_inner().processes
+    }
+
+    /// What is known of one program.
+    pub async fn entry(&self, id: u64) -> Option<ProcessEntry> {
+        let list = self.list().await;
+        list.into_iter().find(|entry| entry.id == id)
+    }
+
+    /// Sends a signal by its name; whether it was sent.
+    pub async fn signal(&self, id: u64, signal: &str, whole_tree: bool) -> Result<bool, Status> {
+        let request = SignalProcessRequest {
+            id,
+            signal: signal.to_owned(),
+            whole_tree,
+        };
+        let response = self.processes().signal_process(request).await?;
+        Ok(response.into_inner().sent)
+    }
+
+    /// Attaches to a program and reads `started`.
+    pub async fn attach(&self, id: u64) -> Result<Attached, Status> {
+        self.attach_as(AttachProcess {
+            id,
+            ..AttachProcess::default()
+        })
+        .await
+    }
+
+    pub async fn attach_as(&self, attach: AttachProcess) -> Result<Attached, Status> {
+        let (requests, stream) = mpsc::channel(4);
+        let id = attach.id;
+        let first = attach_request::Message::Attach(attach);
+        let first = AttachRequest {
+            message: Some(first),
+        };
+        requests.send(first).await.unwrap();
+        let call = self.processes().attach(ReceiverStream::new(stream)).await?;
+        let mut attached = Attached {
+            requests,
+            responses: call.into_inner(),
+        };
+        match attached.event().await {
+            Event::Started(started) => assert_eq!(started.id, id),
+            other => panic!("the first response is {other:?}"),
+        }
+        Ok(attached)
+    }
+
     /// Opens a call with these first messages, as they are.
     pub async fn send(
         &self,
         first: Vec<ExecRequest>,
     ) -> Result<(mpsc::Sender<ExecRequest>, Streaming<ExecResponse>), Status> {
-        let (requests, stream) = mpsc::channel(first.len().max(4));
-        for request in first {
-            requests.send(request).await.unwrap();
-        }
-        let mut client = ProcessServiceClient::new(self.channel.clone());
-        let responses = client.exec(ReceiverStream::new(stream)).await?.into_inner();
-        Ok((requests, responses))
+        send(self.channel.clone(), first).await
     }
 
     /// Starts a program and reads `started`.
     pub async fn exec(&self, spec: ProcessSpec) -> Result<Call, Status> {
-        let (requests, mut responses) = self.send(vec![start(spec)]).await?;
+        self.exec_on(self.channel.clone(), spec).await
+    }
+
+    pub async fn exec_on(&self, channel: Channel, spec: ProcessSpec) -> Result<Call, Status> {
+        let (requests, mut responses) = send(channel, vec![start(spec)]).await?;
         match responses
             .message()
             .await?
             .and_then(|response| response.event)
         {
-            Some(Event::Started(Started { pid, .. })) => Ok(Call {
+            Some(Event::Started(Started { pid, id })) => Ok(Call {
                 requests,
                 responses,
                 pid,
+                id,
             }),
             other => panic!("the first response is {other:?}"),
         }
@@ -246,8 +316,11 @@ impl Drop for Guest {
         let _ = std::fs::write(cgroup.join("cgroup.kill"), "1");
         let over = Instant::now() + Duration::from_secs(5);
         while cgroup.exists() && Instant::now() < over {
-            for entry in std::fs::read_dir(cgroup).into_iter().flatten().flatten() {
-                let _ = std::fs::remove_dir(entry.path());
+            for kind in self.kinds_of_cgroups() {
+                for folder in folders(&kind) {
+                    let _ = std::fs::remove_dir(folder);
+                }
+                let _ = std::fs::remove_dir(kind);
             }
             let _ = std::fs::remove_dir(cgroup);
             std::thread::sleep(Duration::from_millis(5));
@@ -288,24 +361,68 @@ impl Call {
     }
 
     /// Reads to the end, which must be `exited` and nothing after it.
-    pub async fn finish(mut self) -> Result<Finished, Status> {
-        let (mut stdout, mut stderr) = (Vec::new(), Vec::new());
-        loop {
-            let response = tokio::time::timeout(LONG, self.responses.message())
-                .await
-                .unwrap()?;
-            match response.unwrap().event.unwrap() {
-                Event::Started(_) => panic!("a second `started`"),
-                Event::Stdout(bytes) => stdout.extend_from_slice(&bytes),
-                Event::Stderr(bytes) => stderr.extend_from_slice(&bytes),
-                Event::Exited(exited) => {
-                    assert_eq!(self.responses.message().await?, None);
-                    return Ok(Finished {
-                        stdout,
-                        stderr,
-                        exited,
-                    });
-                }
+    pub async fn finish(self) -> Result<Finished, Status> {
+        finish(self.responses).await
+    }
+}
+
+// === impl Attached ===
+
+impl Attached {
+    pub async fn input(&self, input: process_input::Input) {
+        let input = ProcessInput { input: Some(input) };
+        let message = Some(attach_request::Message::Input(input));
+        self.requests.send(AttachRequest { message }).await.unwrap();
+    }
+
+    pub async fn stdin(&self, bytes: impl Into<Bytes>) {
+        self.input(process_input::Input::Stdin(bytes.into())).await;
+    }
+
+    pub async fn event(&mut self) -> Event {
+        let response = tokio::time::timeout(LONG, self.responses.message())
+            .await
+            .unwrap();
+        response.unwrap().unwrap().event.unwrap()
+    }
+
+    pub async fn finish(self) -> Result<Finished, Status> {
+        finish(self.responses).await
+    }
+}
+
+async fn send(
+    channel: Channel,
+    first: Vec<ExecRequest>,
+) -> Result<(mpsc::Sender<ExecRequest>, Streaming<ExecResponse>), Status> {
+    let (requests, stream) = mpsc::channel(first.len().max(4));
+    for request in first {
+        requests.send(request).await.unwrap();
+    }
+    let mut client = ProcessServiceClient::new(channel);
+    let responses = client.exec(ReceiverStream::new(stream)).await?.into_inner();
+    Ok((requests, responses))
+}
+
+async fn finish(mut responses: Streaming<ExecResponse>) -> Result<Finished, Status> {
+    let (mut stdout, mut stderr, mut dropped) = (Vec::new(), Vec::new(), 0);
+    loop {
+        let response = tokio::time::timeout(LONG, responses.message())
+            .await
+            .unwrap()?;
+        match response.unwrap().event.unwrap() {
+            Event::Started(_) => panic!("a second `started`"),
+            Event::Stdout(bytes) => stdout.extend_from_slice(&bytes),
+            Event::Stderr(bytes) => stderr.extend_from_slice(&bytes),
+            Event::Dropped(missing) => dropped += missing.bytes,
+            Event::Exited(exited) => {
+                assert_eq!(responses.message().await?, None);
+                return Ok(Finished {
+                    stdout,
+                    stderr,
+                    exited,
+                    dropped,
+                });
             }
         }
     }
@@ -348,6 +465,14 @@ pub fn spec(argv: &[&str]) -> ProcessSpec {
 
 pub fn sh(line: &str) -> ProcessSpec {
     spec(&["sh", "-c", line])
+}
+
+/// It ends with its call.
+pub fn bound(spec: ProcessSpec) -> ProcessSpec {
+    ProcessSpec {
+        kill_on_disconnect: true,
+        ..spec
+    }
 }
 
 pub fn with_timeout(spec: ProcessSpec, timeout: Duration) -> ProcessSpec {
@@ -431,6 +556,12 @@ pub fn peak_resident_kib(pid: u32) -> u64 {
 async fn dial(socket: &Path) -> Channel {
     let endpoint = Endpoint::from_shared(format!("unix://{}", socket.display())).unwrap();
     endpoint.connect().await.unwrap()
+}
+
+fn folders(parent: &Path) -> Vec<PathBuf> {
+    let entries = std::fs::read_dir(parent).into_iter().flatten().flatten();
+    let paths = entries.map(|entry| entry.path());
+    paths.filter(|path| path.is_dir()).collect()
 }
 
 fn cgroup2() -> Option<PathBuf> {

@@ -268,8 +268,12 @@ pub(super) struct RunArgs {
     #[arg(long)]
     pub(super) timings: bool,
     /// The program and its arguments.
-    #[arg(required_unless_present = "shell", conflicts_with = "shell",
-        trailing_var_arg = true, value_name = "COMMAND")]
+    #[arg(
+        required_unless_present = "shell",
+        conflicts_with = "shell",
+        trailing_var_arg = true,
+        value_name = "COMMAND"
+    )]
     pub(super) argv: Vec<OsString>,
 }
 
@@ -283,8 +287,12 @@ pub(super) struct ExecArgs {
     #[command(flatten)]
     pub(super) process: ProcessArgs,
     /// The program and its arguments.
-    #[arg(required_unless_present = "shell", conflicts_with = "shell",
-        trailing_var_arg = true, value_name = "COMMAND")]
+    #[arg(
+        required_unless_present = "shell",
+        conflicts_with = "shell",
+        trailing_var_arg = true,
+        value_name = "COMMAND"
+    )]
     pub(super) argv: Vec<OsString>,
 }
 
@@ -503,12 +511,21 @@ mod tests {
         let exec = parse(&["-it", "sb-1", "vim", "-t", "x"]).unwrap();
         assert!(exec.process.interactive && exec.process.tty && !exec.detach);
         assert_eq!(exec.argv, ["vim", "-t", "x"].map(OsString::from));
-        let line = parse(&["-d", "--nice", "-5", "--cpus", "1.5", "--shell", "a | b", "sb-1"]);
+        let line = parse(&[
+            "-d", "--nice", "-5", "--cpus", "1.5", "--shell", "a | b", "sb-1",
+        ]);
         let line = line.unwrap();
         assert!(line.detach && line.argv.is_empty());
         assert_eq!(line.process.shell, Some("a | b".into()));
-        assert_eq!((line.process.limits.nice, line.process.limits.cpus), (-5, Some(1500)));
-        for wrong in [&["sb-1"][..], &["--shell", "a", "sb-1", "b"], &["--nice", "20", "sb-1", "a"]] {
+        assert_eq!(
+            (line.process.limits.nice, line.process.limits.cpus),
+            (-5, Some(1500))
+        );
+        for wrong in [
+            &["sb-1"][..],
+            &["--shell", "a", "sb-1", "b"],
+            &["--nice", "20", "sb-1", "a"],
+        ] {
             assert!(parse(wrong).is_err(), "{wrong:?}");
         }
     }

@@ -157,7 +157,11 @@ async fn new(host: &Host, format: Output, args: NewArgs) -> Result<u8, CliError>
     let request = CreateContextRequest {
         language: args.language.number(),
         cwd: args.cwd.into_vec().into(),
-        env: args.env.into_iter().map(exec::variable).collect::<Result<_, _>>()?,
+        env: args
+            .env
+            .into_iter()
+            .map(exec::variable)
+            .collect::<Result<_, _>>()?,
         user: args.user,
     };
     let reply = host.code(&args.id).await?.create_context(request).await?;
@@ -224,7 +228,10 @@ fn text(given: Option<OsString>) -> Result<String, CliError> {
         Some(code) if code != "-" => code.into_vec(),
         _ => {
             let mut code = Vec::new();
-            std::io::stdin().lock().read_to_end(&mut code).map_err(CliError::Input)?;
+            std::io::stdin()
+                .lock()
+                .read_to_end(&mut code)
+                .map_err(CliError::Input)?;
             code
         }
     };
@@ -429,7 +436,9 @@ mod tests {
             ..CodeResult::default()
         };
         assert!(shown.save(&result(&["text/plain"])).unwrap().is_empty());
-        let saved = shown.save(&result(&["image/svg+xml", "image/png", "../x"])).unwrap();
+        let saved = shown
+            .save(&result(&["image/svg+xml", "image/png", "../x"]))
+            .unwrap();
         let names: Vec<_> = saved.iter().filter_map(|path| path.file_name()).collect();
         assert_eq!(names, ["result-1.png", "result-1.svg"]);
         assert_eq!(std::fs::read(&saved[0]).unwrap(), b"\x89PNG");

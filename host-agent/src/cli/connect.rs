@@ -82,7 +82,10 @@ impl Host {
         Ok(NetworkServiceClient::new(self.channel().await?))
     }
 
-    pub(super) async fn processes(&self, id: &str) -> Result<ProcessServiceClient<Guest>, CliError> {
+    pub(super) async fn processes(
+        &self,
+        id: &str,
+    ) -> Result<ProcessServiceClient<Guest>, CliError> {
         Ok(ProcessServiceClient::new(self.guest(id, false).await?))
     }
 
@@ -110,9 +113,9 @@ impl Host {
     /// What calls to the services of sandbox `id` go through.
     async fn guest(&self, id: &str, delete_after: bool) -> Result<Guest, CliError> {
         let named = Named {
-            sandbox: id.parse().map_err(|_| CliError::SandboxId {
-                id: id.to_owned(),
-            })?,
+            sandbox: id
+                .parse()
+                .map_err(|_| CliError::SandboxId { id: id.to_owned() })?,
             delete_after,
         };
         Ok(InterceptedService::new(self.channel().await?, named))

@@ -29,7 +29,11 @@ pub(super) async fn exec(host: &Host, format: Output, args: ExecArgs) -> Result<
 
 /// What the guest is to start; it goes with its call.
 pub(super) fn process(args: ProcessArgs, argv: Vec<OsString>) -> Result<ProcessSpec, CliError> {
-    let mut env: Vec<EnvVar> = args.env.into_iter().map(variable).collect::<Result<_, _>>()?;
+    let mut env: Vec<EnvVar> = args
+        .env
+        .into_iter()
+        .map(variable)
+        .collect::<Result<_, _>>()?;
     if args.tty
         && !env.iter().any(|variable| &variable.name[..] == b"TERM")
         && let Some(term) = std::env::var_os("TERM")
@@ -109,9 +113,9 @@ async fn detached(
         if let Some(exec_response::Event::Started(started)) = response.event {
             match format {
                 Output::Table => output::line(&started.id.to_string())?,
-                Output::Json => output::json(
-                    &serde_json::json!({"id": started.id, "pid": started.pid}),
-                )?,
+                Output::Json => {
+                    output::json(&serde_json::json!({"id": started.id, "pid": started.pid}))?
+                }
             }
             return Ok(0);
         }

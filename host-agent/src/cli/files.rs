@@ -180,11 +180,7 @@ pub(super) struct FindArgs {
     max_matches: u32,
 }
 
-pub(super) async fn files(
-    host: &Host,
-    format: Output,
-    command: FsCommand,
-) -> Result<u8, CliError> {
+pub(super) async fn files(host: &Host, format: Output, command: FsCommand) -> Result<u8, CliError> {
     match command {
         FsCommand::Ls { at, path, depth } => ls(host, format, &at, path, depth).await,
         FsCommand::Stat { at, path, follow } => {

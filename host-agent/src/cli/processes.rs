@@ -59,7 +59,9 @@ pub(super) async fn attach(host: &Host, args: AttachArgs) -> Result<u8, CliError
     let has_terminal = args.interactive && {
         let reply = client.list_processes(ListProcessesRequest {}).await?;
         let processes = reply.into_inner().processes;
-        processes.iter().any(|process| process.id == args.process && process.terminal)
+        processes
+            .iter()
+            .any(|process| process.id == args.process && process.terminal)
     };
     let attach = AttachProcess {
         id: args.process,

@@ -3,9 +3,7 @@
 use std::time::{Duration, Instant};
 
 use soulbox_proto::host::v1::sandbox_service_client::SandboxServiceClient;
-use soulbox_proto::host::v1::{
-    CreateSandboxRequest, DeleteSandboxRequest, Resources, StageTime,
-};
+use soulbox_proto::host::v1::{CreateSandboxRequest, DeleteSandboxRequest, Resources, StageTime};
 use tonic::transport::Channel;
 
 use super::args::{Output, RunArgs, SandboxArgs};

@@ -66,11 +66,16 @@ pub(super) async fn top(host: &Host, format: Output, args: TopArgs) -> Result<u8
 fn show(page: &str, once: bool) -> Result<(), CliError> {
     let mut stdout = std::io::stdout();
     let text = if !once && stdout.is_terminal() {
-        let lines: String = page.lines().map(|line| format!("{line}{CLEAR_LINE}")).collect();
+        let lines: String = page
+            .lines()
+            .map(|line| format!("{line}{CLEAR_LINE}"))
+            .collect();
         format!("{HOME}{lines}{CLEAR_REST}")
     } else {
         format!("{page}\n")
     };
-    let written = stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush());
+    let written = stdout
+        .write_all(text.as_bytes())
+        .and_then(|()| stdout.flush());
     written.map_err(CliError::Output)
 }

@@ -6,10 +6,18 @@ use std::time::Duration;
 use anyhow::Context as _;
 use soulbox_proto::FILE_DESCRIPTOR_SET;
 use soulbox_proto::guest::MAX_REQUEST_BYTES;
-use soulbox_proto::guest::v1::code_service_server::CodeServiceServer;
-use soulbox_proto::guest::v1::filesystem_service_server::FilesystemServiceServer;
-use soulbox_proto::guest::v1::metrics_service_server::MetricsServiceServer;
-use soulbox_proto::guest::v1::process_service_server::ProcessServiceServer;
+use soulbox_proto::guest::v1::code_service_server::{
+    CodeServiceServer, SERVICE_NAME as CODE_SERVICE,
+};
+use soulbox_proto::guest::v1::filesystem_service_server::{
+    FilesystemServiceServer, SERVICE_NAME as FILESYSTEM_SERVICE,
+};
+use soulbox_proto::guest::v1::metrics_service_server::{
+    MetricsServiceServer, SERVICE_NAME as METRICS_SERVICE,
+};
+use soulbox_proto::guest::v1::process_service_server::{
+    ProcessServiceServer, SERVICE_NAME as PROCESS_SERVICE,
+};
 use soulbox_proto::host::v1::network_service_server::{
     NetworkServiceServer, SERVICE_NAME as NETWORK_SERVICE,
 };
@@ -164,6 +172,8 @@ impl Services {
                 "the drain's time is over; calls are cut off"
             );
             self.ending.cancel();
+            // What goes with its call goes while there is somebody to delete it.
+            let _ = tokio::time::timeout(LAST_FRAMES, self.calls.wait()).await;
         }
     }
 
@@ -194,8 +204,21 @@ fn server() -> Server {
         .http2_keepalive_timeout(Some(KEEPALIVE))
 }
 
+/// Lists what is served: a guest has services that are for this daemon alone.
 fn reflection() -> tonic_reflection::server::Builder<'static> {
-    tonic_reflection::server::Builder::configure()
+    let builder = tonic_reflection::server::Builder::configure()
         .register_encoded_file_descriptor_set(FILE_DESCRIPTOR_SET)
-        .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+        .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET);
+    [
+        SANDBOX_SERVICE,
+        NODE_SERVICE,
+        NETWORK_SERVICE,
+        PROCESS_SERVICE,
+        FILESYSTEM_SERVICE,
+        CODE_SERVICE,
+        METRICS_SERVICE,
+        "grpc.health.v1.Health",
+    ]
+    .into_iter()
+    .fold(builder, |builder, name| builder.with_service_name(name))
 }

@@ -22,6 +22,8 @@ use tonic::{Code, Status};
 use crate::ingress::{GuestStream, OpenError};
 use connect::Dialler;
 pub use hello::{HelloError, read_hello};
+#[cfg(test)]
+pub(crate) use wire::drop_undecodable;
 use wire::{Caller, Wire};
 pub use wire::{Reply, Way, WireError};
 

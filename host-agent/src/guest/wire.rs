@@ -9,6 +9,8 @@ use std::pin::Pin;
 use std::sync::{Arc, Mutex};
 use std::task::{Context, Poll, ready};
 
+use base64::engine::{DecodePaddingMode, GeneralPurpose, GeneralPurposeConfig};
+use base64::{Engine as _, alphabet};
 use bytes::Bytes;
 use h2::client::{ResponseFuture, SendRequest};
 use h2::{Reason, RecvStream, SendStream};
@@ -37,6 +39,12 @@ const MAX_HEADER_BYTES: u32 = 16 * 1024;
 /// Connections kept for later calls. The agent holds some 30 KiB for each.
 const MAX_IDLE: usize = 4;
 const MAX_ERROR_CHARS: usize = 200;
+const DETAILS: &str = "grpc-status-details-bin";
+/// As tonic reads it.
+const BASE64: GeneralPurpose = GeneralPurpose::new(
+    &alphabet::STANDARD,
+    GeneralPurposeConfig::new().with_decode_padding_mode(DecodePaddingMode::Indifferent),
+);
 
 /// How a call goes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -141,7 +149,8 @@ impl Wire {
         } else {
             send(body, stream).await
         };
-        let response = std::future::poll_fn(|cx| poll_head(&mut response, cx)).await?;
+        let mut response = std::future::poll_fn(|cx| poll_head(&mut response, cx)).await?;
+        drop_undecodable(response.headers_mut());
         let reply = |stream: RecvStream| {
             let mut reply = Reply {
                 is_over: stream.is_end_stream(),
@@ -235,6 +244,15 @@ fn poll_head(
     Pin::new(response).poll(cx).map_err(WireError::from)
 }
 
+/// Removes details of a status that are not base64: tonic panics at them.
+pub(crate) fn drop_undecodable(headers: &mut HeaderMap) {
+    if let Some(details) = headers.get(DETAILS)
+        && BASE64.decode(details).is_err()
+    {
+        headers.remove(DETAILS);
+    }
+}
+
 /// Sends `body`. Most are here already, whole; what is not gets a task, so that it
 /// goes on when nobody reads the answer.
 async fn send(body: Body, stream: SendStream<Bytes>) -> Option<Sending> {
@@ -304,10 +322,16 @@ impl Reply {
         }
     }
 
-    fn poll_trailers(&mut self, cx: &mut Context<'_>) -> Poll<Result<Option<HeaderMap>, WireError>> {
-        let trailers = ready!(self.stream.poll_trailers(cx))?;
+    fn poll_trailers(
+        &mut self,
+        cx: &mut Context<'_>,
+    ) -> Poll<Result<Option<HeaderMap>, WireError>> {
+        let mut trailers = ready!(self.stream.poll_trailers(cx))?;
         self.is_over = true;
         self.give_back();
+        if let Some(trailers) = &mut trailers {
+            drop_undecodable(trailers);
+        }
         Poll::Ready(Ok(trailers))
     }
 }
@@ -389,5 +413,142 @@ impl From<h2::Error> for WireError {
 impl From<WireError> for Status {
     fn from(error: WireError) -> Self {
         Self::unavailable(error.to_string())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{Read as _, Write as _};
+    use std::os::unix::net::UnixStream;
+
+    use http_body_util::BodyExt as _;
+    use proptest::prelude::*;
+
+    use super::*;
+
+    // Length, type, flags, stream; RFC 9113, section 4.1.
+    const SETTINGS: [u8; 9] = [0, 0, 0, 4, 0, 0, 0, 0, 0];
+    const HEADERS: u8 = 1;
+    const CONTINUATION: u8 = 9;
+    const DATA: u8 = 0;
+    const END_HEADERS: u8 = 4;
+
+    fn frame(kind: u8, flags: u8, payload: &[u8]) -> Vec<u8> {
+        let length = u32::try_from(payload.len()).unwrap().to_be_bytes();
+        let mut frame = vec![length[1], length[2], length[3], kind, flags, 0, 0, 0, 1];
+        frame.extend_from_slice(payload);
+        frame
+    }
+
+    /// The end of a call to an agent that says `first`, then `again` until nobody
+    /// hears it.
+    async fn call_to(first: Vec<u8>, again: Vec<u8>) -> Result<Bytes, WireError> {
+        let (host, mut guest) = UnixStream::pair().unwrap();
+        let none = std::path::Path::new("/none");
+        let wire = Wire::new(Dialler::new(none, vec![host.into()]));
+        let talking = std::thread::spawn(move || {
+            // The call is there when it is answered.
+            let mut heard = [0; 64];
+            guest.read_exact(&mut heard).unwrap();
+            guest.write_all(&SETTINGS).unwrap();
+            let mut said = guest.write_all(&first);
+            while said.is_ok() && !again.is_empty() {
+                said = guest.write_all(&again);
+            }
+        });
+        let mut request = Request::new(Body::empty());
+        *request.uri_mut() = "/a.B/C".parse().unwrap();
+        let ended = async {
+            let answer = wire.call(Way::Own, request).await?;
+            Ok(answer.into_body().collect().await?.to_bytes())
+        };
+        let ended = ended.await;
+        drop(wire);
+        // It hears that its connection is over.
+        tokio::task::spawn_blocking(move || talking.join().unwrap())
+            .await
+            .unwrap();
+        ended
+    }
+
+    fn status_200() -> Vec<u8> {
+        // RFC 7541, appendix A: index 8.
+        frame(HEADERS, END_HEADERS, &[0x88])
+    }
+
+    #[tokio::test]
+    async fn endless_headers_end_the_call() {
+        let endless = frame(CONTINUATION, 0, &[b'x'; 16_000]);
+        for begin in [
+            frame(HEADERS, 0, &[0x88]),
+            [status_200(), frame(HEADERS, 1, b"")].concat(),
+        ] {
+            let ended = call_to(begin, endless.clone()).await;
+            assert!(matches!(ended, Err(WireError::Broken(_))), "{ended:?}");
+        }
+    }
+
+    #[tokio::test]
+    async fn interim_responses_end_the_call() {
+        // ":status" and a literal that is not indexed.
+        let interim = frame(HEADERS, END_HEADERS, &[0x08, 3, b'1', b'0', b'3']);
+        let ended = call_to(interim.clone(), interim).await;
+        assert!(matches!(ended, Err(WireError::Broken(_))), "{ended:?}");
+    }
+
+    #[tokio::test]
+    async fn more_than_the_window_ends_the_call() {
+        let (host, mut guest) = UnixStream::pair().unwrap();
+        let wire = Wire::new(Dialler::new(
+            std::path::Path::new("/none"),
+            vec![host.into()],
+        ));
+        let talking = std::thread::spawn(move || {
+            guest.read_exact(&mut [0; 64]).unwrap();
+            guest.write_all(&SETTINGS).unwrap();
+            guest.write_all(&status_200()).unwrap();
+            let data = frame(DATA, 0, &[0; 100_000]);
+            while guest.write_all(&data).is_ok() {}
+        });
+        let answer = wire
+            .call(Way::Own, Request::new(Body::empty()))
+            .await
+            .unwrap();
+        // Nobody reads it meanwhile.
+        tokio::time::sleep(std::time::Duration::from_millis(100)).await;
+        let ended = answer.into_body().collect().await;
+        assert!(matches!(ended, Err(WireError::Broken(_))));
+        drop(wire);
+        tokio::task::spawn_blocking(move || talking.join().unwrap())
+            .await
+            .unwrap();
+    }
+
+    #[tokio::test]
+    async fn an_end_in_the_middle_is_a_loss() {
+        for said in [
+            Vec::new(),
+            status_200(),
+            [status_200(), frame(DATA, 0, b"half")].concat(),
+        ] {
+            let ended = call_to(said, Vec::new()).await;
+            assert!(matches!(ended, Err(WireError::Lost(_))), "{ended:?}");
+        }
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(64))]
+
+        #[test]
+        fn nonsense_ends_the_call(
+            said in proptest::collection::vec(any::<u8>(), 0..400),
+            frames in proptest::collection::vec((0_u8..10, any::<u8>(), proptest::collection::vec(any::<u8>(), 0..60)), 0..8),
+        ) {
+            let frames = frames.into_iter().flat_map(|(kind, flags, payload)| frame(kind, flags, &payload));
+            let said = frames.chain(said).collect();
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+            // How it ends is the agent's affair; that it does is ours.
+            let _ = runtime.block_on(call_to(said, Vec::new()));
+        }
     }
 }

@@ -54,9 +54,8 @@ impl GuestStream {
     where
         T: GrpcService<Body>,
         T::Error: Into<StdError>,
-        T::ResponseBody: hyper::body::Body<Data = Bytes, Error: Into<StdError> + Send>
-            + Send
-            + 'static,
+        T::ResponseBody:
+            hyper::body::Body<Data = Bytes, Error: Into<StdError> + Send> + Send + 'static,
     {
         let (requests, stream) = mpsc::channel(WAITING_MESSAGES);
         let open = Ask::Open(OpenPort { port: port.into() });

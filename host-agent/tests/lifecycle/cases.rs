@@ -11,11 +11,10 @@ use soulbox_proto::guest::v1::{
 use soulbox_proto::host::v1::watch_sandboxes_response::Kind;
 use soulbox_proto::host::v1::{
     CreateSandboxRequest, CreateSandboxResponse, DeleteSandboxRequest, DeleteSnapshotRequest,
-    ForkSandboxRequest, ForkSandboxResponse, GetNodeRequest,
-    GetSandboxRequest, ListSandboxesRequest, ListSnapshotsRequest, PauseSandboxRequest,
-    PauseSandboxResponse, ResumeSandboxRequest, ResumeSandboxResponse, RollbackSandboxRequest,
-    RollbackSandboxResponse, Sandbox, SandboxState, Snapshot, SnapshotSandboxRequest, StageTime,
-    WatchSandboxesRequest,
+    ForkSandboxRequest, ForkSandboxResponse, GetNodeRequest, GetSandboxRequest,
+    ListSandboxesRequest, ListSnapshotsRequest, PauseSandboxRequest, PauseSandboxResponse,
+    ResumeSandboxRequest, ResumeSandboxResponse, RollbackSandboxRequest, RollbackSandboxResponse,
+    Sandbox, SandboxState, Snapshot, SnapshotSandboxRequest, StageTime, WatchSandboxesRequest,
 };
 use tokio_stream::StreamExt as _;
 use tonic::{Code, Status, Streaming};
@@ -101,7 +100,6 @@ cases! {
     what_a_hostile_agent_says_does_no_harm,
     a_sandbox_goes_with_its_call_however_that_ends,
     a_daemon_that_stops_tells_its_calls,
-    guest_services_are_listed,
     a_terminal_is_the_programs,
     a_terminal_is_as_it_was_afterwards,
     a_program_is_left_listed_attached_to_and_killed,
@@ -109,6 +107,7 @@ cases! {
     files_are_listed_written_and_found,
     what_goes_on_is_shown,
     the_real_agent_is_reached,
+    the_real_agent_has_terminals,
 }
 
 const FAST: &str = "[capacity]\nvcpus = 8\nmemory_mib = 4096\n[timeouts]\nboot_ms = 20000\nclean_stop_ms = 2000\ndrain_ms = 200\n[shells]\nmaximum = 0\n[templates]\nsnapshot = false\n";
@@ -122,7 +121,13 @@ fn host_with(config: &str) -> Host {
     // The faked monitor asks nothing of it, so any usable device will do.
     let host = Host::with_paths(&[("monitor", &monitor)], config);
     for behaviour in [
-        "base", "refuse", "emulation", "die", "mute", "stubborn", "real",
+        "base",
+        "refuse",
+        "emulation",
+        "die",
+        "mute",
+        "stubborn",
+        "real",
     ] {
         let mut kernel = elf(X86_64, 1 << 20);
         kernel.extend_from_slice(behaviour.as_bytes());
@@ -152,6 +157,7 @@ fn start(argv: &[&str]) -> ExecRequest {
             .iter()
             .map(|arg| arg.as_bytes().to_vec().into())
             .collect(),
+        kill_on_disconnect: true,
         ..ProcessSpec::default()
     };
     ExecRequest {
@@ -165,7 +171,11 @@ async fn exec(client: &mut Client, id: &str, argv: &[&str]) -> Events {
 
 async fn try_exec(client: &mut Client, id: &str, argv: &[&str]) -> Result<Events, Status> {
     let requests = tokio_stream::once(start(argv));
-    Ok(client.processes().exec(to(id, requests)).await?.into_inner())
+    Ok(client
+        .processes()
+        .exec(to(id, requests))
+        .await?
+        .into_inner())
 }
 
 /// Runs a program; the bytes of stdout and the exit status.

@@ -12,6 +12,8 @@ mod support;
 mod agent;
 mod cases;
 mod monitor;
+mod pty;
+mod raw;
 
 use std::process::ExitCode;
 

@@ -46,6 +46,8 @@ pub struct Machine {
     guest: Arc<Mutex<Guest>>,
     /// Whether vCPUs run, and programs may.
     pub runs: Arc<watch::Sender<Runs>>,
+    /// How often code was interrupted.
+    pub interrupts: Arc<watch::Sender<u32>>,
     connections: mpsc::Sender<std::io::Result<UnixStream>>,
 }
 
@@ -360,6 +362,7 @@ impl Machine {
             behaviour: guest.state.behaviour.as_str().into(),
             guest: Arc::new(Mutex::new(guest)),
             runs: Arc::new(watch::Sender::new(runs)),
+            interrupts: Arc::default(),
             connections,
         };
         (machine, incoming)

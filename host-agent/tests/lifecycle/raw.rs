@@ -153,7 +153,10 @@ fn answer(machine: &Machine, path: &str, sent: Vec<Bytes>) -> Response<Body> {
         "RunCode" => return run_code(machine, &guest::RunCodeRequest::decode(first).unwrap()),
         "InterruptContext" => {
             machine.interrupts.send_modify(|count| *count += 1);
-            vec![frame(&guest::InterruptContextResponse { interrupted: true }), ok()]
+            vec![
+                frame(&guest::InterruptContextResponse { interrupted: true }),
+                ok(),
+            ]
         }
         "CreateContext" => {
             let asked = guest::CreateContextRequest::decode(first).unwrap();
@@ -205,8 +208,14 @@ fn answer(machine: &Machine, path: &str, sent: Vec<Bytes>) -> Response<Body> {
             let mut written = 0;
             let mut is_whole = false;
             for request in sent {
-                match guest::WriteRequest::decode(request).unwrap().message.unwrap() {
-                    Message::Open(open) => log!("open: {:?}", open.how()),
+                match guest::WriteRequest::decode(request)
+                    .unwrap()
+                    .message
+                    .unwrap()
+                {
+                    Message::Open(open) => {
+                        log!("open: {:?}", open.how());
+                    }
                     Message::Data(data) => written += data.len(),
                     Message::Commit(_) => is_whole = true,
                 }
@@ -253,18 +262,18 @@ fn answer(machine: &Machine, path: &str, sent: Vec<Bytes>) -> Response<Body> {
             return response(list(frames).chain(futures_util::stream::pending()).boxed());
         }
         _ => {
-            let missing = b"there is no such file";
-            let details = {
-                use tonic_types::{ErrorDetails, StatusExt as _};
-                let details =
-                    ErrorDetails::with_error_info("FILE_NOT_FOUND", "soulbox", [("a", "b")]);
-                let code = tonic::Code::NotFound;
-                Status::with_error_details(code, String::from_utf8_lossy(missing), details)
-            };
-            return details.into_http();
+            let told = "there is no such file";
+            return refusal(tonic::Code::NotFound, "FILE_NOT_FOUND", told).into_http();
         }
     };
     response(list(frames))
+}
+
+fn refusal(code: tonic::Code, reason: &str, message: &str) -> Status {
+    use tonic_types::{ErrorDetails, StatusExt as _};
+    let metadata = [("users".to_owned(), "root".to_owned())];
+    let details = ErrorDetails::with_error_info(reason, "soulbox", metadata);
+    Status::with_error_details(code, message, details)
 }
 
 fn run_code(machine: &Machine, asked: &guest::RunCodeRequest) -> Response<Body> {
@@ -365,15 +374,12 @@ fn metrics(asked: u32) -> Response<Body> {
             response
         }
         hostile::HUGE_TRAILERS => {
-            let huge = trailers(&[("grpc-status", b"0"), ("x", &long), ("y", &long)]);
+            let huge = trailers(&[("x", &long), ("y", &long), ("grpc-status", b"0")]);
             response(list(vec![message, huge]))
         }
         hostile::FORGED => {
-            use tonic_types::{ErrorDetails, StatusExt as _};
-            let details =
-                ErrorDetails::with_error_info("SANDBOX_DELETED", "soulbox", [("users", "root")]);
             let said = "soulboxd says:\x1b[2J your sandbox is gone";
-            Status::with_error_details(tonic::Code::Unavailable, said, details).into_http()
+            refusal(tonic::Code::Unavailable, "SANDBOX_DELETED", said).into_http()
         }
         _ => {
             let mut response = response(list(vec![message, ok()]));

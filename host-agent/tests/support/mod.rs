@@ -14,8 +14,8 @@ use soulbox_proto::guest::{DELETE_AFTER_METADATA, SANDBOX_METADATA};
 use soulbox_proto::host::v1::node_service_client::NodeServiceClient;
 use soulbox_proto::host::v1::sandbox_service_client::SandboxServiceClient;
 use tokio::net::UnixStream;
-use tonic::{Request, Status};
 use tonic::transport::{Channel, Endpoint};
+use tonic::{Request, Status};
 use tonic_types::StatusExt as _;
 
 /// Far longer than anything takes: a test that waits this long has failed.

@@ -76,7 +76,10 @@ pub(in crate::cli) fn process_table(processes: &[ProcessEntry]) -> Result<(), Cl
             process.id.to_string(),
             process.pid.to_string(),
             shown(process.user.as_bytes()),
-            process.exited.as_ref().map_or_else(|| "running".to_owned(), ended),
+            process
+                .exited
+                .as_ref()
+                .map_or_else(|| "running".to_owned(), ended),
             if process.terminal { "yes" } else { "" }.to_owned(),
             process.callers.to_string(),
             process.start_time.map(age).unwrap_or_default(),
@@ -315,7 +318,10 @@ pub(in crate::cli) fn metrics(metrics: &GetMetricsResponse) -> Value {
 }
 
 /// All of it on a page, with the CPU use between the two.
-pub(in crate::cli) fn metrics_page(before: &GetMetricsResponse, now: &GetMetricsResponse) -> String {
+pub(in crate::cli) fn metrics_page(
+    before: &GetMetricsResponse,
+    now: &GetMetricsResponse,
+) -> String {
     let elapsed_us = now.uptime_us.saturating_sub(before.uptime_us).max(1);
     let mut page = vec![head(now), cpu_line(before, now), memory_line(now)];
     for disk in &now.disks {
@@ -377,7 +383,9 @@ fn memory_line(now: &GetMetricsResponse) -> String {
         memory.cached_bytes / MIB
     );
     if memory.swap_total_bytes > 0 {
-        let used = memory.swap_total_bytes.saturating_sub(memory.swap_free_bytes);
+        let used = memory
+            .swap_total_bytes
+            .saturating_sub(memory.swap_free_bytes);
         let total = memory.swap_total_bytes / MIB;
         line.push_str(&format!(", {} of {total} MiB swapped", used / MIB));
     }
@@ -393,10 +401,13 @@ fn processes(before: &GetMetricsResponse, now: &GetMetricsResponse, elapsed_us: 
         .iter()
         .map(|process| {
             // The same only when it started then: numbers are used again.
-            let was = before.processes.iter().find(|was| {
-                (was.pid, was.start_time) == (process.pid, process.start_time)
-            });
-            let used_us = process.cpu_us.saturating_sub(was.map_or(0, |was| was.cpu_us));
+            let was = before
+                .processes
+                .iter()
+                .find(|was| (was.pid, was.start_time) == (process.pid, process.start_time));
+            let used_us = process
+                .cpu_us
+                .saturating_sub(was.map_or(0, |was| was.cpu_us));
             (process, used_us)
         })
         .collect();
@@ -414,7 +425,10 @@ fn processes(before: &GetMetricsResponse, now: &GetMetricsResponse, elapsed_us: 
             format!("{:.1}%", percent(used_us, elapsed_us)),
             format!("{:.1} MiB", process.resident_bytes as f64 / MIB as f64),
             process.threads.to_string(),
-            format!("{:.2}s", Duration::from_micros(process.cpu_us).as_secs_f64()),
+            format!(
+                "{:.2}s",
+                Duration::from_micros(process.cpu_us).as_secs_f64()
+            ),
             printable(command.trim_end(), MAX_CHARS),
         ]);
     }
@@ -482,8 +496,14 @@ mod tests {
             sample(2_000_000, 400, 1600, 750_000),
         );
         let page = metrics_page(&before, &now);
-        assert!(page.contains("user 30.0%") && page.contains("idle 70.0%"), "{page}");
-        assert!(page.contains("25.0%") && page.contains("[kworker ]"), "{page}");
+        assert!(
+            page.contains("user 30.0%") && page.contains("idle 70.0%"),
+            "{page}"
+        );
+        assert!(
+            page.contains("25.0%") && page.contains("[kworker ]"),
+            "{page}"
+        );
         // A clone's counters may be behind.
         assert!(metrics_page(&now, &before).contains("user 0.0%"));
     }

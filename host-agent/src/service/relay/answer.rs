@@ -10,8 +10,8 @@ use http::header::{CONTENT_TYPE, HeaderMap, HeaderName, HeaderValue};
 use hyper::body::Frame;
 use tokio::time::Sleep;
 use tokio_util::task::task_tracker::TaskTrackerToken;
-use tonic::body::Body;
 use tonic::Status;
+use tonic::body::Body;
 
 use super::Farewell;
 use super::told;
@@ -83,9 +83,10 @@ impl Answer {
     /// Lets the agent go, and the sandbox with it where that was asked for.
     fn end(&mut self, status: Status) {
         self.reply = None;
-        let leaving = self.farewell.take().map(|mut farewell| -> Leaving {
-            Box::pin(async move { farewell.say().await })
-        });
+        let leaving = self
+            .farewell
+            .take()
+            .map(|mut farewell| -> Leaving { Box::pin(async move { farewell.say().await }) });
         self.state = State::Leaving(leaving, status);
     }
 

@@ -69,7 +69,10 @@ fn sandbox(headers: &HeaderMap) -> Result<SandboxId, Status> {
 }
 
 fn delete_after(headers: &HeaderMap) -> Result<bool, Status> {
-    match headers.get(DELETE_AFTER_METADATA).map(HeaderValue::as_bytes) {
+    match headers
+        .get(DELETE_AFTER_METADATA)
+        .map(HeaderValue::as_bytes)
+    {
         None | Some(b"false") => Ok(false),
         Some(b"true") => Ok(true),
         Some(_) => Err(invalid(
@@ -137,7 +140,9 @@ mod tests {
         let status = refused.err().expect("it was taken");
         let details = status.get_error_details();
         assert_eq!(details.error_info().unwrap().reason, "INVALID_REQUEST");
-        details.bad_request().unwrap().field_violations[0].field.clone()
+        details.bad_request().unwrap().field_violations[0]
+            .field
+            .clone()
     }
 
     #[test]
@@ -165,7 +170,12 @@ mod tests {
             ("content-type", "application/grpc+proto"),
         ])
         .unwrap();
-        let mut names: Vec<_> = asked.for_agent.headers().keys().map(HeaderName::as_str).collect();
+        let mut names: Vec<_> = asked
+            .for_agent
+            .headers()
+            .keys()
+            .map(HeaderName::as_str)
+            .collect();
         names.sort_unstable();
         assert_eq!(names, ["content-type", "grpc-encoding", "te"]);
     }

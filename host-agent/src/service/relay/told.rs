@@ -25,7 +25,7 @@ const MAX_VIOLATIONS: usize = 16;
 const GRPC_STATUS: HeaderName = HeaderName::from_static("grpc-status");
 
 /// Those of guest.v1; the .proto files say what they mean.
-const REASONS: [&str; 31] = [
+const REASONS: [&str; 32] = [
     // ProcessService
     "COMMAND_NOT_FOUND",
     "COMMAND_NOT_EXECUTABLE",
@@ -33,6 +33,7 @@ const REASONS: [&str; 31] = [
     "USER_NOT_FOUND",
     "ARGUMENTS_TOO_LONG",
     "OUT_OF_RESOURCES",
+    "LIMITS_UNAVAILABLE",
     "PROCESS_NOT_STARTED",
     "PROCESS_NOT_FOUND",
     "STOPPING",
@@ -88,7 +89,8 @@ pub(super) fn check<T>(answer: &http::Response<T>) -> Result<(), Status> {
     }
 }
 
-/// The status in `trailers` as the caller sees it.
+/// The status in `trailers` as the caller sees it. [`Reply`](crate::guest::Reply) lets
+/// through only details that can be decoded.
 pub(super) fn told(trailers: &HeaderMap) -> Status {
     match Status::from_header_map(trailers) {
         Some(said) if said.code() == Code::Ok => Status::ok(""),
@@ -195,7 +197,12 @@ mod tests {
     }
 
     fn reason(status: &Status) -> String {
-        status.get_error_details().error_info().unwrap().reason.clone()
+        status
+            .get_error_details()
+            .error_info()
+            .unwrap()
+            .reason
+            .clone()
     }
 
     fn with_reason(reason: &str, message: &str) -> HeaderMap {
@@ -204,7 +211,11 @@ mod tests {
             ("console_tail".to_owned(), "x".repeat(4000)),
         ]);
         let details = ErrorDetails::with_error_info(reason, "elsewhere", metadata);
-        trailers(&Status::with_error_details(Code::NotFound, message, details))
+        trailers(&Status::with_error_details(
+            Code::NotFound,
+            message,
+            details,
+        ))
     }
 
     #[test]
@@ -260,7 +271,10 @@ mod tests {
         assert_eq!(reason(&status), "INVALID_REQUEST");
         let details = status.get_error_details();
         let violations = &details.bad_request().unwrap().field_violations;
-        let fields: Vec<_> = violations.iter().map(|violation| &violation.field).collect();
+        let fields: Vec<_> = violations
+            .iter()
+            .map(|violation| &violation.field)
+            .collect();
         assert_eq!(fields, ["start.argv", "input.signal"]);
     }
 
@@ -290,11 +304,56 @@ mod tests {
         for refused in [answer(200, &[html]), answer(200, &[]), answer(503, &[grpc])] {
             assert_eq!(reason(&refused.unwrap_err()), "AGENT_FAILED");
         }
-        assert_eq!(answer(200, &[("grpc-status", "0")]).unwrap_err().code(), Code::Ok);
+        assert_eq!(
+            answer(200, &[("grpc-status", "0")]).unwrap_err().code(),
+            Code::Ok
+        );
+    }
+
+    #[test]
+    fn the_reasons_are_those_of_the_protocol() {
+        const FILES: [&str; 3] = [
+            include_str!("../../../../proto/soulbox/guest/v1/guest.proto"),
+            include_str!("../../../../proto/soulbox/guest/v1/filesystem.proto"),
+            include_str!("../../../../proto/soulbox/guest/v1/code.proto"),
+        ];
+        // Of the services that callers do not reach, and what is no reason.
+        const OTHERS: [&str; 8] = [
+            "INVALID_REQUEST",
+            "PORT_CLOSED",
+            "CONNECTION_RESET",
+            "RESOLVE_IN_ROOT",
+            "RENAME_EXCHANGE",
+            "IN_PLACE",
+            "INTERPRETER_ENDED",
+            "CLOCK_BOOTTIME",
+        ];
+        let comments = FILES
+            .iter()
+            .flat_map(|file| file.lines())
+            .filter_map(|line| line.split_once("//"));
+        let words: Vec<&str> = comments
+            .flat_map(|(_, text)| {
+                text.split(|letter: char| !letter.is_ascii_uppercase() && letter != '_')
+            })
+            .collect();
+        for reason in REASONS {
+            assert!(words.contains(&reason), "{reason}");
+        }
+        for word in words {
+            let is_reason = word.contains('_') && word.len() > 6 && !word.starts_with('_');
+            assert!(
+                !is_reason || OTHERS.contains(&word) || REASONS.contains(&word),
+                "{word}"
+            );
+        }
     }
 
     fn detailed() -> impl Strategy<Value = Status> {
-        let reason = prop_oneof![".{0,40}", proptest::sample::select(&REASONS[..]).prop_map(str::to_owned)];
+        let reason = prop_oneof![
+            ".{0,40}",
+            proptest::sample::select(&REASONS[..]).prop_map(str::to_owned)
+        ];
         let violation = (".{0,300}", ".{0,2000}");
         (
             any::<i32>(),
@@ -319,7 +378,10 @@ mod tests {
             .map(|(name, value)| name.as_str().len() + value.len() + 32)
             .sum();
         assert!(bytes < 8192, "{bytes} bytes of trailers");
-        assert!(!status.message().chars().any(char::is_control), "{status:?}");
+        assert!(
+            !status.message().chars().any(char::is_control),
+            "{status:?}"
+        );
         if status.code() == Code::Ok {
             return assert_eq!(bytes, "grpc-status".len() + 1 + 32);
         }
@@ -357,6 +419,7 @@ mod tests {
                     headers.append(name, value);
                 }
             }
+            crate::guest::drop_undecodable(&mut headers);
             is_harmless(&told(&headers));
         }
     }
