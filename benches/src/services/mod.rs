@@ -137,6 +137,7 @@ async fn in_sandbox(options: &Options) -> Result<Report> {
 
 async fn on_this_host(options: &Options, socket: &Path) -> Result<Report> {
     let mut report = Report::new("guest, an agent without one")?;
+    let socket = &std::path::absolute(socket)?;
     let connecting = || format!("connecting to {}", socket.display());
     let peer = std::os::unix::net::UnixStream::connect(socket).with_context(connecting)?;
     let pid = socket_peercred(&peer)?.pid;
