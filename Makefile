@@ -55,6 +55,11 @@ bench: images ## The figures of docs/performance.md
 	    --file "$$(realpath $(cache)/templates/current)" -- $(target)/soulbox-benches \
 	    net --daemon $(target) --templates $(cache)/templates/current \
 	    --svg $(target)/bench/net.svg --json $(target)/bench/net.json
+	images/bench/run $(addprefix --file $(target)/,soulbox-benches soulboxd soulbox soulbox-vmm) \
+	    --results $(target)/bench --timeout 3000 \
+	    --file "$$(realpath $(cache)/templates/current)" -- $(target)/soulbox-benches \
+	    guest --daemon $(target) --templates $(cache)/templates/current \
+	    --svg $(target)/bench/guest.svg --json $(target)/bench/guest.json
 	images/bench/run $(addprefix --file $(target)/,soulbox-benches soulbox-vmm) \
 	    --file "$$(realpath $(cache)/templates/current)" -- \
 	    $(target)/soulbox-benches boot --template $(cache)/templates/current/base

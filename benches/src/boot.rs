@@ -14,7 +14,7 @@ use soulbox_proto::vmm::v1::{self, event::Event};
 use soulbox_vmm::testing::{BootSpec, Monitor};
 
 use crate::clock::ms_since;
-use crate::report::{Host, Promise, Report, Row, progress};
+use crate::report::{Promise, Report, Row, progress};
 
 const MEMORY_MIB: u32 = 256;
 const CMDLINE: &str = "console=ttyS0 root=/dev/vda rootfstype=ext4 rw panic=-1 reboot=acpi \
@@ -54,10 +54,9 @@ pub(crate) fn run(options: &Options) -> Result<Report> {
     let ready = Row::new("kernel entry to the agent's ready-call", "ms", ready).beside(&bare);
     let ratio = ready.p50 / bare.p50;
     Ok(Report {
-        bench: "boot",
-        host: Host::here()?,
         rows: vec![bare, ready],
         promises: vec![Promise::at_most("ready-call, p50 × bare init", ratio, 3.0)],
+        ..Report::new("boot")?
     })
 }
 

@@ -3,14 +3,7 @@
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail, ensure};
-use hyper_util::rt::TokioIo;
-use soulbox_proto::guest::SANDBOX_METADATA;
-use soulbox_proto::guest::v1::process_service_client::ProcessServiceClient;
-use soulbox_proto::guest::v1::{
-    ExecRequest, ProcessInput, ProcessSpec, StdinEof, exec_request, exec_response::Event, exited,
-    process_input,
-};
+use anyhow::{Context, Result, ensure};
 use soulbox_proto::host::v1::sandbox_service_client::SandboxServiceClient;
 use soulbox_proto::host::v1::{
     CreateSandboxRequest, CreateSandboxResponse, DeleteSandboxRequest, ForkSandboxRequest,
@@ -18,35 +11,28 @@ use soulbox_proto::host::v1::{
     Sandbox, SnapshotSandboxRequest, SnapshotSandboxResponse, StageTime, Usage,
     create_sandbox_request,
 };
-use tokio::net::UnixStream;
-use tonic::Request;
-use tonic::transport::{Channel, Endpoint};
+use tonic::transport::Channel;
+
+use crate::agent::{self, Agent};
 
 /// How long the daemon may take to have its template's snapshot.
 const TEMPLATE: Duration = Duration::from_secs(900);
-/// Of one message of a program's input, in bytes.
-const INPUT_BYTES: usize = 1 << 20;
 
 pub(crate) struct Client {
+    channel: Channel,
     sandboxes: SandboxServiceClient<Channel>,
-    processes: ProcessServiceClient<Channel>,
 }
 
 // === impl Client ===
 
 impl Client {
     pub(crate) async fn connect(socket: &Path) -> Result<Self> {
-        let path = socket.to_owned();
-        let channel = Endpoint::from_static("http://soulboxd")
-            .connect_with_connector(tower::service_fn(move |_| {
-                let path = path.clone();
-                async move { UnixStream::connect(path).await.map(TokioIo::new) }
-            }))
+        let channel = agent::dial(socket)
             .await
             .with_context(|| format!("connecting to soulboxd at {}", socket.display()))?;
         Ok(Self {
             sandboxes: SandboxServiceClient::new(channel.clone()),
-            processes: ProcessServiceClient::new(channel),
+            channel,
         })
     }
 
@@ -160,57 +146,19 @@ impl Client {
     /// Runs a program until what it prints has been read. One that fails is an
     /// error with what it said.
     pub(crate) async fn run(&mut self, id: &str, argv: &[&str]) -> Result<()> {
-        self.exec(id, argv, None).await
+        self.agent(id)?.run(argv).await?;
+        Ok(())
     }
 
     /// Writes a file in the sandbox, as the user that programs there run as.
     pub(crate) async fn upload(&mut self, id: &str, path: &str, bytes: &[u8]) -> Result<()> {
         let argv = ["sh", "-c", "cat >\"$1\"", "sh", path];
-        self.exec(id, &argv, Some(bytes)).await
+        self.agent(id)?.feed(&argv, bytes).await
     }
 
-    async fn exec(&mut self, id: &str, argv: &[&str], input: Option<&[u8]>) -> Result<()> {
-        let process = ProcessSpec {
-            argv: argv
-                .iter()
-                .map(|arg| arg.as_bytes().to_vec().into())
-                .collect(),
-            stdin: input.is_some(),
-            ..Default::default()
-        };
-        let mut messages = vec![exec_request::Message::Start(process)];
-        if let Some(input) = input {
-            let chunks = input.chunks(INPUT_BYTES);
-            messages.extend(
-                chunks.map(|chunk| stdin(process_input::Input::Stdin(chunk.to_vec().into()))),
-            );
-            messages.push(stdin(process_input::Input::StdinEof(StdinEof {})));
-        }
-        let requests = tokio_stream::iter(messages.into_iter().map(|message| ExecRequest {
-            message: Some(message),
-        }));
-        let mut request = Request::new(requests);
-        let sandbox = id.parse().context("a sandbox id that is none")?;
-        request.metadata_mut().insert(SANDBOX_METADATA, sandbox);
-        let responses = self.processes.exec(request).await.context("Exec")?;
-        let mut responses = responses.into_inner();
-        let mut said = Vec::new();
-        while let Some(response) = responses.message().await.context("Exec")? {
-            match response.event {
-                Some(Event::Stdout(bytes) | Event::Stderr(bytes)) => said.extend_from_slice(&bytes),
-                Some(Event::Exited(exited)) => {
-                    return match exited.status {
-                        Some(exited::Status::Code(0)) => Ok(()),
-                        status => bail!(
-                            "{argv:?} ended with {status:?}: {}",
-                            String::from_utf8_lossy(&said)
-                        ),
-                    };
-                }
-                Some(Event::Started(_) | Event::Dropped(_)) | None => {}
-            }
-        }
-        bail!("the exec of {argv:?} ended without an exit")
+    /// The services of a sandbox.
+    pub(crate) fn agent(&self, id: &str) -> Result<Agent> {
+        Agent::new(self.channel.clone(), id)
     }
 }
 
@@ -218,10 +166,6 @@ impl Client {
 pub(crate) fn id_of(sandbox: Option<&Sandbox>) -> Result<String> {
     let sandbox = sandbox.context("a reply without its sandbox")?;
     Ok(sandbox.id.clone())
-}
-
-fn stdin(input: process_input::Input) -> exec_request::Message {
-    exec_request::Message::Input(ProcessInput { input: Some(input) })
 }
 
 /// What a reply says of its stages, in milliseconds.

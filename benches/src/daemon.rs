@@ -15,6 +15,8 @@ use crate::scratch::Scratch;
 
 /// How long it may take to serve.
 const START: Duration = Duration::from_secs(60);
+/// The folder of its sockets, in its own.
+const RUN: &str = "run";
 
 /// Which soulboxd.
 #[derive(Debug, clap::Args)]
@@ -41,7 +43,7 @@ pub(crate) struct Daemon {
 struct Own {
     child: Child,
     /// State, sockets and the log.
-    _folder: TempDir,
+    folder: TempDir,
 }
 
 // === impl Options ===
@@ -49,6 +51,11 @@ struct Own {
 impl Options {
     pub(crate) fn names_one(&self) -> bool {
         self.host.is_some() || self.daemon.is_some()
+    }
+
+    /// A program beside the soulboxd that is started.
+    pub(crate) fn program(&self, name: &str) -> Option<PathBuf> {
+        self.daemon.as_ref().map(|bin| bin.join(name))
     }
 
     pub(crate) fn find(&self, scratch: &Scratch) -> Result<Daemon> {
@@ -90,7 +97,7 @@ impl Daemon {
              [timeouts]\nboot_ms = 300000\n\
              [shutdown]\nsandboxes = \"stop\"\n",
             state = folder.path().join("state"),
-            run = folder.path().join("run"),
+            run = folder.path().join(RUN),
             templates = std::path::absolute(templates)?,
             monitor = bin.join("soulbox-vmm"),
         );
@@ -106,10 +113,7 @@ impl Daemon {
             .with_context(|| format!("starting {}", program.display()))?;
         let mut daemon = Self {
             socket,
-            own: Some(Own {
-                child,
-                _folder: folder,
-            }),
+            own: Some(Own { child, folder }),
         };
         daemon.await_socket(&log)?;
         Ok(daemon)
@@ -129,6 +133,11 @@ impl Daemon {
             std::thread::sleep(Duration::from_millis(20));
         }
         Ok(())
+    }
+
+    /// Where the sockets of its sandboxes are. Of one that ran already it is not known.
+    pub(crate) fn run_dir(&self) -> Option<PathBuf> {
+        self.own.as_ref().map(|own| own.folder.path().join(RUN))
     }
 
     pub(crate) fn socket(&self) -> &Path {

@@ -6,6 +6,7 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
+mod agent;
 mod boot;
 mod client;
 mod clock;
@@ -22,6 +23,7 @@ mod net;
 mod picture;
 mod report;
 mod scratch;
+mod services;
 mod stages;
 
 /// Measures SoulBox on this machine.
@@ -50,6 +52,9 @@ enum Bench {
     /// Network slots and what a network adds to a restore: tiny guests on the monitor
     /// itself; or what goes through it, with sandboxes of a soulboxd
     Net(net::Options),
+    /// What a guest's agent serves: programs, code, files, a mount of them, and what it
+    /// takes when idle
+    Guest(services::Options),
     /// A Linux guest's cold boot, beside the same kernel with a bare init
     Boot(boot::Options),
 }
@@ -60,6 +65,7 @@ fn main() -> anyhow::Result<ExitCode> {
         Bench::ColdStart(options) => cold_start::run(&options)?,
         Bench::Compare(options) => compare::run(&options)?,
         Bench::Net(options) => net::run(&options)?,
+        Bench::Guest(options) => services::run(&options)?,
         Bench::Boot(options) => boot::run(&options)?,
     };
     report.write(cli.json.as_deref())?;

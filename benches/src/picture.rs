@@ -154,14 +154,12 @@ mod tests {
 
     fn report() -> Report {
         Report {
-            bench: "cold-start",
-            host: Host::here().unwrap(),
             rows: vec![
                 Row::new("floor", "ms", vec![0.4, 0.5, 3.0]),
                 Row::new("memory <private>", "KiB", vec![700.0]),
                 Row::new("slow & rare", "ms", vec![0.0, 420.0]),
             ],
-            promises: Vec::new(),
+            ..Report::new("cold-start").unwrap()
         }
     }
 

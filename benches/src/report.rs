@@ -18,6 +18,8 @@ pub(crate) struct Report {
     pub(crate) host: Host,
     pub(crate) rows: Vec<Row>,
     pub(crate) promises: Vec<Promise>,
+    /// What could not be measured, and what it lacks.
+    pub(crate) left_out: Vec<String>,
 }
 
 /// Where and when it was measured. Figures compare only within one run.
@@ -194,6 +196,16 @@ impl fmt::Display for Bound {
 // === impl Report ===
 
 impl Report {
+    pub(crate) fn new(bench: &'static str) -> Result<Self> {
+        Ok(Self {
+            bench,
+            host: Host::here()?,
+            rows: Vec::new(),
+            promises: Vec::new(),
+            left_out: Vec::new(),
+        })
+    }
+
     pub(crate) fn promises_kept(&self) -> bool {
         self.promises.iter().all(|promise| promise.kept)
     }
@@ -220,6 +232,9 @@ impl Report {
                 promise.found,
                 promise.bound,
             );
+        }
+        for what in &self.left_out {
+            println!("left out: {what}");
         }
         Ok(())
     }

@@ -8,7 +8,7 @@ use anyhow::{Context, Result, ensure};
 use crate::client::{Client, check_origin, id_of, times};
 use crate::daemon;
 use crate::guest;
-use crate::report::{Host, Promise, Report, Row, ms, progress};
+use crate::report::{Promise, Report, Row, ms, progress};
 use crate::scratch::Scratch;
 use crate::stages::Stages;
 
@@ -46,12 +46,7 @@ struct Lives {
 pub(super) fn run(options: &Options, scratch: &Scratch, runs: u32) -> Result<Report> {
     let daemon = options.soulboxd.find(scratch)?;
     let copies = scratch.folder()?;
-    let mut report = Report {
-        bench: "cold-start, Linux guests",
-        host: Host::here()?,
-        rows: Vec::new(),
-        promises: Vec::new(),
-    };
+    let mut report = Report::new("cold-start, Linux guests")?;
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()?;

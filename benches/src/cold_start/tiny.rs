@@ -13,7 +13,7 @@ use crate::clock::{ms_between, ms_since, now_ns};
 use crate::floor;
 use crate::guest;
 use crate::machine::{self, Snapshot};
-use crate::report::{Host, Promise, Report, Row, ms, progress};
+use crate::report::{Promise, Report, Row, ms, progress};
 use crate::scratch::Scratch;
 use crate::stages::Stages;
 
@@ -65,12 +65,7 @@ struct Saves {
 
 pub(crate) fn run(options: &Options, scratch: &Scratch, runs: u32) -> Result<Report> {
     let program = crate::monitor::find(options.monitor.as_ref())?;
-    let mut report = Report {
-        bench: "cold-start",
-        host: Host::here()?,
-        rows: Vec::new(),
-        promises: Vec::new(),
-    };
+    let mut report = Report::new("cold-start")?;
     let slow_runs = runs.min(SLOW_RUNS);
     starts(&program, scratch, runs, &mut report)?;
     for dirty_mib in DIRTY_MIB {

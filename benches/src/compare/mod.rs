@@ -10,7 +10,7 @@ use crate::clock::{ms_between, ms_since, now_ns};
 use crate::floor;
 use crate::machine::{self, Snapshot};
 use crate::memory::Footprint;
-use crate::report::{Host, Report, Row, ms, progress};
+use crate::report::{Report, Row, ms, progress};
 use crate::scratch::Scratch;
 
 mod firecracker;
@@ -97,10 +97,8 @@ pub(crate) fn run(options: &Options) -> Result<Report> {
     }
     rows.insert(0, floor);
     Ok(Report {
-        bench: "compare",
-        host: Host::here()?,
         rows,
-        promises: Vec::new(),
+        ..Report::new("compare")?
     })
 }
 

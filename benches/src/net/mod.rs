@@ -9,7 +9,7 @@ use std::path::PathBuf;
 
 use anyhow::Result;
 
-use crate::report::{Host, Report};
+use crate::report::Report;
 use crate::scratch::Scratch;
 use crate::{daemon, limits, monitor};
 
@@ -51,12 +51,7 @@ struct Native {
 }
 
 pub(crate) fn run(options: &Options) -> Result<Report> {
-    let mut report = Report {
-        bench: "net",
-        host: Host::here()?,
-        rows: Vec::new(),
-        promises: Vec::new(),
-    };
+    let mut report = Report::new("net")?;
     if options.soulboxd.names_one() {
         report.bench = "net, Linux guests";
         let daemon = options.soulboxd.find(&options.scratch)?;
