@@ -114,7 +114,7 @@ async fn detached(
             match format {
                 Output::Table => output::line(&started.id.to_string())?,
                 Output::Json => {
-                    output::json(&serde_json::json!({"id": started.id, "pid": started.pid}))?
+                    output::json(&serde_json::json!({"id": started.id, "pid": started.pid}))?;
                 }
             }
             return Ok(0);

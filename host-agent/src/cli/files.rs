@@ -414,13 +414,11 @@ async fn watch(
                 Output::Table => "overflow".to_owned(),
                 Output::Json => json!({"kind": "overflow"}).to_string(),
             })?,
-            Some(watch_response::Message::Ready(ready)) => {
-                if format == Output::Json {
-                    let told = json!({"kind": "ready", "directories": ready.directories});
-                    output::line(&told.to_string())?;
-                }
+            Some(watch_response::Message::Ready(ready)) if format == Output::Json => {
+                let told = json!({"kind": "ready", "directories": ready.directories});
+                output::line(&told.to_string())?;
             }
-            None => {}
+            Some(watch_response::Message::Ready(_)) | None => {}
         }
     }
     Err(CliError::NoEnd)

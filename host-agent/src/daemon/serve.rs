@@ -220,5 +220,8 @@ fn reflection() -> tonic_reflection::server::Builder<'static> {
         "grpc.health.v1.Health",
     ]
     .into_iter()
-    .fold(builder, |builder, name| builder.with_service_name(name))
+    .fold(
+        builder,
+        tonic_reflection::server::Builder::with_service_name,
+    )
 }

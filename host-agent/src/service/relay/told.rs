@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 
 use http::StatusCode;
-use http::header::{CONTENT_TYPE, HeaderMap, HeaderName};
+use http::header::{CONTENT_TYPE, HeaderMap, HeaderName, HeaderValue};
 use tonic::{Code, Status};
 use tonic_types::StatusExt as _;
 
@@ -79,7 +79,7 @@ pub(super) fn check<T>(answer: &http::Response<T>) -> Result<(), Status> {
     if headers.contains_key(&GRPC_STATUS) {
         return Err(told(headers));
     }
-    let kind = headers.get(CONTENT_TYPE).map(|kind| kind.as_bytes());
+    let kind = headers.get(CONTENT_TYPE).map(HeaderValue::as_bytes);
     let is_grpc = kind.is_some_and(|kind| kind.starts_with(b"application/grpc"));
     if answer.status() == StatusCode::OK && is_grpc {
         Ok(())
@@ -184,7 +184,6 @@ impl Explain for AgentError {
 mod tests {
     use std::collections::HashMap;
 
-    use http::HeaderValue;
     use proptest::prelude::*;
     use tonic_types::{ErrorDetails, FieldViolation};
 
