@@ -28,7 +28,10 @@ use crate::system::System;
 
 /// What a call may send before it is read. The window of its connection is the
 /// largest that HTTP/2 has: calls that nobody reads must not hold up the others.
-const STREAM_WINDOW_BYTES: u32 = 256 * 1024;
+const STREAM_WINDOW_BYTES: u32 = 1024 * 1024;
+/// What a caller may send in one frame. A frame takes a system call and a header, and
+/// the default of 16 KiB would make many of both of a file.
+const MAX_FRAME_BYTES: u32 = 256 * 1024;
 const CONNECTION_WINDOW_BYTES: u32 = (1 << 31) - 1;
 
 /// Every service of the agent. Routes by name itself: a router for three names
@@ -71,6 +74,7 @@ impl Services {
         Server::builder()
             .initial_stream_window_size(STREAM_WINDOW_BYTES)
             .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
+            .max_frame_size(MAX_FRAME_BYTES)
             .serve_with_incoming_shutdown(self, connections, stop)
             .await
     }
