@@ -536,6 +536,23 @@ async fn every_call_has_the_rights_of_its_user() {
 }
 
 #[tokio::test]
+async fn an_agent_that_is_not_root_has_its_own_rights_only() {
+    let guest = Guest::start_as(UID).await;
+    let file = guest.folder().join("file");
+    guest
+        .put(open(as_user(&file, USER), How::Create), b"x")
+        .await
+        .unwrap();
+    assert_eq!(fs::metadata(&file).unwrap().uid(), UID);
+    for user in ["root", "1", "54321:0"] {
+        let refused = guest.read(as_user(&file, user)).await.unwrap_err();
+        assert_eq!(reason(&refused).0, "PERMISSION_DENIED", "{user}");
+    }
+    let refused = guest.read(as_user("/etc/shadow", USER)).await.unwrap_err();
+    assert_eq!(reason(&refused).0, "PERMISSION_DENIED");
+}
+
+#[tokio::test]
 async fn relative_paths_are_taken_from_home() {
     let guest = Guest::start_as_init().await;
     let home = guest.sh("echo 'pat:x:54321:54321::/tmp/pat:/bin/sh' >>/etc/passwd; mkdir -m 755 /tmp/pat; chown 54321 /tmp/pat").await;

@@ -22,6 +22,7 @@ use super::incoming::{Piece, Sink};
 use super::place::{Last, Named, Place, User, View, reopen};
 use super::xattr;
 use crate::spec::Violations;
+use crate::sys::access::may_write;
 
 const FILE_MODE: u32 = 0o644;
 /// How files begin that are not whole yet, before sixteen digits.
@@ -299,11 +300,8 @@ fn open_hidden(
             return Err(FileError::new(Problem::Exists, DOING, path));
         }
         // Who may not write the file may not replace it, although its directory would
-        // let them. A program that runs may be replaced.
-        match reopen(there, OFlags::WRONLY) {
-            Ok(_) | Err(Errno::TXTBSY) => {}
-            Err(errno) => return Ok(Err(errno)),
-        }
+        // let them.
+        may_write(there.as_fd()).told(DOING, path)?;
     }
     let name = hidden_name().told(DOING, path)?;
     let file = match make(&at, &name, OFlags::WRONLY) {

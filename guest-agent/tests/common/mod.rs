@@ -126,6 +126,35 @@ impl Guest {
         Self::connect(command, folder, cgroup).await
     }
 
+    /// Starts the agent in a user namespace, as its root, after this line of shell.
+    pub async fn start_limited(line: &str) -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let script = format!("{line}; exec \"$@\"");
+        let mut command = Command::new("unshare");
+        command.args(["--user", "--map-root-user", "sh", "-euc", &script, "sh"]);
+        command.arg(env!("CARGO_BIN_EXE_soulbox-guest"));
+        command
+            .arg("--serve-unix")
+            .arg(folder.path().join("socket"));
+        Self::connect(command, folder, None).await
+    }
+
+    /// Starts the agent as a user who is not root.
+    pub async fn start_as(uid: u32) -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        std::os::unix::fs::chown(folder.path(), Some(uid), Some(uid)).unwrap();
+        // Wherever this was built, that user may not look there.
+        let agent = folder.path().join("agent");
+        std::fs::copy(env!("CARGO_BIN_EXE_soulbox-guest"), &agent).unwrap();
+        let mut command = Command::new("setpriv");
+        command.args([format!("--reuid={uid}"), format!("--regid={uid}")]);
+        command.arg("--clear-groups").arg(agent);
+        command
+            .arg("--serve-unix")
+            .arg(folder.path().join("socket"));
+        Self::connect(command, folder, None).await
+    }
+
     async fn connect(
         mut command: Command,
         folder: tempfile::TempDir,

@@ -1,6 +1,8 @@
 //! Takes a tar stream apart as it comes: ustar with pax or GNU extensions. Everything
 //! in it is hostile. What it means to the filesystem is for the [`Receiver`].
 
+use std::borrow::Cow;
+
 use tar::{EntryType, Header};
 
 use super::{BLOCK_BYTES, padding};
@@ -229,7 +231,7 @@ impl Parser {
         let path = next.path.or_else(|| global.path.clone());
         let path = path.unwrap_or_else(|| header.path_bytes().into_owned());
         let link = next.link.or_else(|| global.link.clone());
-        let link = link.or_else(|| header.link_name_bytes().map(|link| link.into_owned()));
+        let link = link.or_else(|| header.link_name_bytes().map(Cow::into_owned));
         let kind = match entry_type.as_byte() {
             _ if next.sparse => ItemKind::Other,
             // From before there were types.

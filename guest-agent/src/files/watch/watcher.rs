@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use rustix::fs::inotify::{self, CreateFlags, ReadFlags, Reader, WatchFlags};
-use rustix::fs::{Mode, OFlags, ResolveFlags};
+use rustix::fs::{Mode, OFlags, ResolveFlags, fstat, openat};
 use rustix::io::Errno;
 use soulbox_proto::guest::v1::watch_event::Kind;
 use soulbox_proto::guest::v1::watch_response::Message;
@@ -17,7 +17,7 @@ use soulbox_proto::guest::v1::{WatchEvent, WatchOverflow};
 use super::watches::{Link, Watches, Wd};
 use crate::files::entry::file_type;
 use crate::files::error::{FileError, Problem, Told as _};
-use crate::files::place::{PATH_MAX_BYTES, Place, User, View, open_at, own_link, reopen};
+use crate::files::place::{PATH_MAX_BYTES, Place, User, View, id, open_at, own_link, reopen};
 use crate::files::tree::{Step, Tree};
 use crate::files::write::is_hidden_name;
 
@@ -41,6 +41,9 @@ pub(super) struct Watcher {
     /// What all paths are relative to.
     top: OwnedFd,
     top_wd: Wd,
+    /// Of the directory above, where the user may read it: what is held open is not told
+    /// to be removed itself.
+    above_wd: Option<Wd>,
     /// A file: only what has this name in `top` is told.
     only: Option<Vec<u8>>,
     recursive: bool,
@@ -48,7 +51,7 @@ pub(super) struct Watcher {
     /// Told by looking into a new directory; the kernel's own event comes after.
     found: HashSet<Link>,
     /// New directories that were not there: renamed, perhaps, which is still to be told.
-    lost: Vec<Link>,
+    lost: Vec<Lost>,
     moved: Option<Moved>,
     written: HashMap<Link, Written>,
     told: Vec<Message>,
@@ -63,6 +66,20 @@ struct Moved {
     link: Link,
     directory: bool,
     until: Instant,
+}
+
+struct Lost {
+    link: Link,
+    until: Instant,
+}
+
+/// Why a directory cannot be opened by what is known of its place.
+enum NotThere {
+    /// There is no such name where it was.
+    Gone,
+    /// That place is no longer where it was.
+    Moved,
+    No(Errno),
 }
 
 /// A file that is being written.
@@ -104,6 +121,7 @@ impl Watcher {
             path: path.clone(),
             top,
             top_wd: 0,
+            above_wd: None,
             recursive: recursive && only.is_none(),
             only,
             watches: Watches::default(),
@@ -132,7 +150,12 @@ impl Watcher {
     pub(super) fn deadline(&self) -> Option<Instant> {
         let moved = self.moved.as_ref().map(|moved| moved.until);
         let again = self.written.values().filter(|written| written.again);
-        again.map(|written| written.next).chain(moved).min()
+        let lost = self.lost.iter().map(|lost| lost.until);
+        again
+            .map(|written| written.next)
+            .chain(moved)
+            .chain(lost)
+            .min()
     }
 
     /// The kernel has told more than a turn takes.
@@ -182,8 +205,8 @@ impl Watcher {
                 }
             }
         }
-        for link in std::mem::take(&mut self.lost) {
-            self.add_new(&link, false);
+        for lost in std::mem::take(&mut self.lost) {
+            self.add_new(&lost.link, lost.until);
         }
         if !self.has_more {
             // All events are in that those would have been of.
@@ -199,6 +222,10 @@ impl Watcher {
     fn event(&mut self, wd: Wd, events: ReadFlags, cookie: u32, name: Option<&CStr>) {
         if events.contains(ReadFlags::QUEUE_OVERFLOW) {
             self.overflow();
+        } else if Some(wd) == self.above_wd {
+            if self.is_removed() {
+                self.end();
+            }
         } else if !self.watches.has(wd) {
             // Of a directory that was moved out, or that is forgotten.
             if !events.contains(ReadFlags::IGNORED) {
@@ -220,17 +247,26 @@ impl Watcher {
             self.tell_overflow();
         }
         let is_top = wd == self.top_wd;
-        let ends = ReadFlags::DELETE_SELF | ReadFlags::MOVE_SELF | ReadFlags::IGNORED;
+        let ends = ReadFlags::MOVE_SELF | ReadFlags::IGNORED;
         if is_top && events.intersects(ends) {
-            if !self.is_over {
-                self.tell_path(Kind::Removed, Vec::new(), self.only.is_none());
-            }
-            self.is_over = true;
+            self.end();
         } else if events.contains(ReadFlags::IGNORED) {
             self.watches.forget(wd);
         } else if is_top && events.contains(ReadFlags::ATTRIB) && self.only.is_none() {
             self.tell_path(Kind::Attributes, Vec::new(), true);
         }
+    }
+
+    /// What is watched has gone, or has another name.
+    fn end(&mut self) {
+        if !self.is_over {
+            self.tell_path(Kind::Removed, Vec::new(), self.only.is_none());
+        }
+        self.is_over = true;
+    }
+
+    fn is_removed(&self) -> bool {
+        fstat(&self.top).is_ok_and(|stat| stat.st_nlink == 0)
     }
 
     /// About a name in a watched directory.
@@ -279,7 +315,7 @@ impl Watcher {
             self.tell(Kind::Created, &link, directory);
         }
         if directory && self.recursive {
-            self.add_new(&link, true);
+            self.add_new(&link, Instant::now() + RENAME_WAIT);
         }
     }
 
@@ -296,11 +332,11 @@ impl Watcher {
         });
         if directory && self.recursive {
             if let Some(wd) = self.watches.find(from) {
-                self.watches.insert(wd, Some(to.clone()));
+                self.watches.rename(wd, to.clone());
             }
             // It may have been renamed before it was looked into, and another have its
             // old name.
-            self.add_new(&to, true);
+            self.add_new(&to, Instant::now() + RENAME_WAIT);
         }
     }
 
@@ -366,8 +402,23 @@ impl Watcher {
         self.watches.clear();
         let flags = OFlags::RDONLY | OFlags::DIRECTORY;
         let top = open_at(&self.top, b"", flags, Mode::empty(), ResolveFlags::empty())?;
-        let ends = WatchFlags::DELETE_SELF | WatchFlags::MOVE_SELF;
-        (self.top_wd, _) = self.add(top.as_fd(), None, ends)?;
+        (self.top_wd, _) = self.add(top.as_fd(), None, WatchFlags::MOVE_SELF)?;
+        let above = open_at(
+            &self.top,
+            b"..",
+            flags,
+            Mode::empty(),
+            ResolveFlags::empty(),
+        );
+        if let Ok(above) = above {
+            let removals = WatchFlags::DELETE | WatchFlags::ONLYDIR;
+            let wd = inotify::add_watch(&self.inotify, own_link(above.as_fd()), removals)?;
+            // "/" is above itself.
+            self.above_wd = Some(wd).filter(|wd| *wd != self.top_wd);
+        }
+        if self.is_removed() {
+            return Err(Errno::NOENT);
+        }
         if self.recursive {
             self.add_tree(top, self.top_wd, false)?;
         }
@@ -391,7 +442,7 @@ impl Watcher {
             | WatchFlags::EXCL_UNLINK;
         let wd = inotify::add_watch(&self.inotify, own_link(directory), events | also)?;
         let known = self.watches.has(wd);
-        self.watches.insert(wd, link);
+        self.watches.insert(wd, link, id(&fstat(directory)?));
         Ok((wd, known))
     }
 
@@ -426,28 +477,53 @@ impl Watcher {
         Ok(())
     }
 
-    /// Watches a directory that was not there before, and tells what is in it.
-    fn add_new(&mut self, link: &Link, again: bool) {
-        let Some(path) = self.watches.path(link) else {
-            return;
-        };
-        let added = self.open_below(&path).and_then(|directory| {
-            match self.add(directory.as_fd(), Some(link.clone()), WatchFlags::empty())? {
+    /// Watches a directory that was not there before, and tells what is in it. One that
+    /// is not found is looked for again `until` then.
+    fn add_new(&mut self, link: &Link, until: Instant) {
+        let added = self.open_new(link).and_then(|directory| {
+            let add = self.add(directory.as_fd(), Some(link.clone()), WatchFlags::empty());
+            match add.map_err(NotThere::No)? {
                 (_, true) => Ok(()),
-                (wd, false) => self.add_tree(directory, wd, true),
+                (wd, false) => self.add_tree(directory, wd, true).map_err(NotThere::No),
             }
         });
+        let is_late = until <= Instant::now();
         match added {
-            Ok(()) => {}
-            Err(Errno::NOENT | Errno::NOTDIR | Errno::LOOP) if again => {
-                self.lost.push(link.clone())
-            }
-            Err(errno @ (Errno::NOSPC | Errno::NOMEM | Errno::MFILE | Errno::NFILE)) => {
-                self.failed = Some(no_room(errno, &path));
-            }
+            Err(NotThere::Gone | NotThere::Moved) if !is_late => self.lost.push(Lost {
+                link: link.clone(),
+                until,
+            }),
+            // What is known of the tree is wrong.
+            Err(NotThere::Moved) => self.overflow(),
+            Err(NotThere::No(
+                errno @ (Errno::NOSPC | Errno::NOMEM | Errno::MFILE | Errno::NFILE),
+            )) => self.failed = Some(no_room(errno, &self.path)),
             // It has gone, or is not for this user.
-            Err(_) => {}
+            Ok(()) | Err(_) => {}
         }
+    }
+
+    /// Opens a name of a directory, and of no other that may have its path by now.
+    fn open_new(&self, link: &Link) -> Result<OwnedFd, NotThere> {
+        let is_gone = |errno| matches!(errno, Errno::NOENT | Errno::NOTDIR | Errno::LOOP);
+        // The directory above may have been removed meanwhile, and forgotten.
+        let path = self
+            .watches
+            .path_of(link.above)
+            .ok_or(NotThere::No(Errno::NOENT))?;
+        let above = self.open_below(&path).map_err(|errno| match errno {
+            errno if is_gone(errno) => NotThere::Moved,
+            errno => NotThere::No(errno),
+        })?;
+        let stat = fstat(&above).map_err(NotThere::No)?;
+        if Some(id(&stat)) != self.watches.id(link.above) {
+            return Err(NotThere::Moved);
+        }
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        openat(&above, &link.name[..], flags, Mode::empty()).map_err(|errno| match errno {
+            errno if is_gone(errno) => NotThere::Gone,
+            errno => NotThere::No(errno),
+        })
     }
 
     /// Opens a directory below the top, however long its path is.
@@ -461,7 +537,7 @@ impl Watcher {
                 .get(..PATH_MAX_BYTES - 1)
                 .and_then(|part| part.iter().rposition(|byte| *byte == b'/'));
             let Some(cut) = cut else {
-                let flags = OFlags::RDONLY | OFlags::DIRECTORY;
+                let flags = OFlags::PATH | OFlags::DIRECTORY;
                 return open_at(base, rest, flags, Mode::empty(), resolve);
             };
             let flags = OFlags::PATH | OFlags::DIRECTORY;

@@ -8,9 +8,15 @@ pub(super) type Wd = i32;
 
 #[derive(Default)]
 pub(super) struct Watches {
-    /// None for the one that everything is below.
-    known: HashMap<Wd, Option<Link>>,
+    known: HashMap<Wd, Known>,
     below: HashMap<Link, Wd>,
+}
+
+struct Known {
+    /// None for the one that everything is below.
+    link: Option<Link>,
+    /// Device and inode: by its path, another may be found.
+    id: (u64, u64),
 }
 
 /// A name in a directory.
@@ -35,17 +41,28 @@ impl Watches {
         self.known.contains_key(&wd)
     }
 
+    pub(super) fn id(&self, wd: Wd) -> Option<(u64, u64)> {
+        self.known.get(&wd).map(|known| known.id)
+    }
+
     /// Also where it was known by another name.
-    pub(super) fn insert(&mut self, wd: Wd, link: Option<Link>) {
+    pub(super) fn insert(&mut self, wd: Wd, link: Option<Link>, id: (u64, u64)) {
         self.forget(wd);
         if let Some(link) = &link {
             self.below.insert(link.clone(), wd);
         }
-        self.known.insert(wd, link);
+        self.known.insert(wd, Known { link, id });
+    }
+
+    pub(super) fn rename(&mut self, wd: Wd, to: Link) {
+        if let Some(id) = self.id(wd) {
+            self.insert(wd, Some(to), id);
+        }
     }
 
     pub(super) fn forget(&mut self, wd: Wd) {
-        if let Some(Some(link)) = self.known.remove(&wd)
+        let known = self.known.remove(&wd);
+        if let Some(link) = known.and_then(|known| known.link)
             // Another may have taken the name.
             && self.below.get(&link) == Some(&wd)
         {
@@ -59,13 +76,22 @@ impl Watches {
 
     /// Relative to the top; None where it is not known (any longer).
     pub(super) fn path(&self, link: &Link) -> Option<Vec<u8>> {
-        let mut names: Vec<&[u8]> = vec![&link.name];
-        let mut above = link.above;
-        while let Some(link) = self.known.get(&above)? {
+        let mut path = self.path_of(link.above)?;
+        if !path.is_empty() {
+            path.push(b'/');
+        }
+        path.extend_from_slice(&link.name);
+        Some(path)
+    }
+
+    /// That of a directory; empty for the top.
+    pub(super) fn path_of(&self, mut wd: Wd) -> Option<Vec<u8>> {
+        let mut names: Vec<&[u8]> = Vec::new();
+        while let Some(link) = &self.known.get(&wd)?.link {
             names.push(&link.name);
-            above = link.above;
+            wd = link.above;
             // A directory cannot be below itself, but what is told may be behind.
-            if names.len() > self.known.len() + 1 {
+            if names.len() > self.known.len() {
                 return None;
             }
         }
@@ -80,9 +106,9 @@ impl Watches {
                 if wd == top {
                     return true;
                 }
-                match self.known.get(&wd) {
-                    Some(Some(link)) => wd = link.above,
-                    _ => return false,
+                match self.known.get(&wd).and_then(|known| known.link.as_ref()) {
+                    Some(link) => wd = link.above,
+                    None => return false,
                 }
             }
             false
@@ -114,10 +140,10 @@ mod tests {
     /// 1 is the top; 2 is "a", 3 "a/b", 4 "c".
     fn watches() -> Watches {
         let mut watches = Watches::default();
-        watches.insert(1, None);
-        watches.insert(2, Some(link(1, "a")));
-        watches.insert(3, Some(link(2, "b")));
-        watches.insert(4, Some(link(1, "c")));
+        watches.insert(1, None, (0, 1));
+        watches.insert(2, Some(link(1, "a")), (0, 2));
+        watches.insert(3, Some(link(2, "b")), (0, 3));
+        watches.insert(4, Some(link(1, "c")), (0, 4));
         watches
     }
 
@@ -125,7 +151,7 @@ mod tests {
     fn a_rename_moves_all_that_is_below() {
         let mut watches = watches();
         assert_eq!(watches.path(&link(3, "x")).unwrap(), b"a/b/x");
-        watches.insert(2, Some(link(4, "d")));
+        watches.rename(2, link(4, "d"));
         assert_eq!(watches.path(&link(3, "x")).unwrap(), b"c/d/b/x");
         assert_eq!(watches.find(&link(1, "a")), None);
         assert_eq!(watches.path(&link(9, "x")), None);
@@ -134,7 +160,7 @@ mod tests {
     #[test]
     fn a_name_that_another_has_taken_is_kept() {
         let mut watches = watches();
-        watches.insert(5, Some(link(1, "a")));
+        watches.insert(5, Some(link(1, "a")), (0, 5));
         watches.forget(2);
         assert_eq!(watches.find(&link(1, "a")), Some(5));
     }
@@ -150,7 +176,7 @@ mod tests {
     #[test]
     fn a_ring_ends() {
         let mut watches = watches();
-        watches.insert(2, Some(link(3, "a")));
+        watches.rename(2, link(3, "a"));
         assert_eq!(watches.path(&link(3, "x")), None);
         watches.forget_all(1);
     }
