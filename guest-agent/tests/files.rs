@@ -1,5 +1,8 @@
 //! FilesystemService: single files and directories.
 
+// Clippy knows no tests outside `#[test]`.
+#![allow(clippy::unwrap_used)]
+
 mod common;
 
 use std::fs;

@@ -1,5 +1,8 @@
 //! FilesystemService: Download and Upload.
 
+// Clippy knows no tests outside `#[test]`.
+#![allow(clippy::unwrap_used)]
+
 mod common;
 
 use std::fs;

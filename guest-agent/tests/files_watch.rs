@@ -1,5 +1,8 @@
 //! FilesystemService: what Watch tells.
 
+// Clippy knows no tests outside `#[test]`.
+#![allow(clippy::unwrap_used)]
+
 mod common;
 
 use std::collections::BTreeSet;

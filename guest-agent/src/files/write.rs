@@ -186,7 +186,7 @@ impl Writer {
         match &self.target {
             Target::At { offset, .. } => {
                 let offset = offset.checked_add(self.written_bytes);
-                let offset = offset.ok_or(std::io::ErrorKind::FileTooLarge)?;
+                let offset = offset.ok_or(Errno::FBIG)?;
                 self.file.write_all_at(data, offset)?;
             }
             Target::Fresh { .. } | Target::End => self.file.write_all(data)?,

@@ -7,6 +7,7 @@
 
 use std::io;
 
+use rustix::io::Errno;
 use rustix::process::{Gid, getegid, geteuid, getgroups};
 use rustix::thread::{
     CapabilitySet, CapabilitySets, capabilities, set_capabilities, set_thread_groups,
@@ -46,7 +47,7 @@ pub(crate) fn act_as(uid: u32, gid: u32, groups: &[u32]) -> io::Result<Acting> {
         return Ok(acting);
     }
     if !own_uid.is_root() {
-        return Err(io::ErrorKind::PermissionDenied.into());
+        return Err(Errno::PERM.into());
     }
     let capabilities = capabilities(None)?;
     // From here on the guard undoes what has been done, all or in part.
@@ -105,7 +106,7 @@ fn set_file_ids(uid: u32, gid: u32) -> io::Result<()> {
     if are == (uid.into(), gid.into()) {
         Ok(())
     } else {
-        Err(io::ErrorKind::PermissionDenied.into())
+        Err(Errno::PERM.into())
     }
 }
 

@@ -232,17 +232,17 @@ impl Parser {
         let path = path.unwrap_or_else(|| header.path_bytes().into_owned());
         let link = next.link.or_else(|| global.link.clone());
         let link = link.or_else(|| header.link_name_bytes().map(Cow::into_owned));
+        let size = next.size.or(global.size).unwrap_or(size);
         let kind = match entry_type.as_byte() {
             _ if next.sparse => ItemKind::Other,
             // From before there were types.
-            0 | b'0' | b'7' if path.ends_with(b"/") => ItemKind::Directory,
+            0 | b'0' | b'7' if size == 0 && path.ends_with(b"/") => ItemKind::Directory,
             0 | b'0' | b'7' => ItemKind::File,
             b'1' => ItemKind::HardLink,
             b'2' => ItemKind::Symlink,
             b'5' => ItemKind::Directory,
             _ => ItemKind::Other,
         };
-        let size = next.size.or(global.size).unwrap_or(size);
         // A directory's size says nothing of what follows.
         let size = if kind == ItemKind::Directory { 0 } else { size };
         let mtime = match next.mtime.or(global.mtime) {
@@ -416,9 +416,7 @@ mod tests {
             prop_assert_eq!(seen.items.len(), files.len());
             for ((item, read), (path, body)) in seen.items.iter().zip(&files) {
                 prop_assert_eq!(&item.path, path);
-                if !path.ends_with(b"/") {
-                    prop_assert_eq!(read, body);
-                }
+                prop_assert_eq!(read, body);
                 prop_assert_eq!(item.mode, stat.st_mode & 0o7777);
             }
             // Any part of it is too little.
