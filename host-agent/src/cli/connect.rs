@@ -57,7 +57,7 @@ impl Host {
         Ok(NetworkServiceClient::new(self.channel().await?))
     }
 
-    async fn channel(&self) -> Result<Channel, CliError> {
+    pub(super) async fn channel(&self) -> Result<Channel, CliError> {
         let connected = match self {
             Self::Unix(path) => {
                 let path = path.clone();

@@ -3,11 +3,14 @@
 mod args;
 mod commands;
 mod connect;
+mod copy;
 mod deletions;
 mod error;
 mod exec;
+mod mount;
 mod network;
 mod output;
+mod place;
 mod policy;
 mod ports;
 mod run;
@@ -101,6 +104,8 @@ async fn dispatch(args: Args) -> Result<u8, CliError> {
         },
         Command::Port(args) => ports::port(&host, output, args).await,
         Command::Connect { id, port } => tunnel::connect(&host, id, port).await,
+        Command::Cp(args) => copy::copy(&host, output, args).await,
+        Command::Mount(args) => mount::mount(&host, args).await,
         Command::Watch { labels } => commands::watch(&host, output, labels).await,
         Command::Node => commands::node(&host, output).await,
         Command::Template {
