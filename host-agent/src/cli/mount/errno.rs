@@ -51,12 +51,14 @@ pub(super) fn errno(status: &Status) -> Errno {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::HashMap;
+
     use tonic_types::ErrorDetails;
 
     use super::*;
 
     fn refused(code: Code, reason: &str, domain: &str) -> Status {
-        let details = ErrorDetails::with_error_info(reason, domain, Default::default());
+        let details = ErrorDetails::with_error_info(reason, domain, HashMap::new());
         Status::with_error_details(code, "", details)
     }
 

@@ -111,6 +111,8 @@ fn stale_by(guest: &Guest, event: &WatchEvent) -> Vec<Stale> {
 
 fn judge(status: &Status) -> End {
     match (reason(status).as_deref(), status.code()) {
+        // An agent from before there was a watch.
+        (None, Code::Unimplemented) => End::Refused,
         (Some("DRAINING" | "SANDBOX_BUSY"), _) | (None, _) => End::Lost,
         (Some(_), Code::Unavailable) => End::Gone,
         (Some(reason), _) if reason.starts_with("SANDBOX_") => End::Gone,
@@ -121,6 +123,8 @@ fn judge(status: &Status) -> End {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::HashMap;
+
     use soulbox_proto::ERROR_DOMAIN;
     use tonic_types::{ErrorDetails, StatusExt as _};
 
@@ -129,7 +133,7 @@ mod tests {
     #[test]
     fn only_a_sandbox_that_is_gone_ends_a_mount_at_once() {
         let said = |code, reason: &str| {
-            let details = ErrorDetails::with_error_info(reason, ERROR_DOMAIN, Default::default());
+            let details = ErrorDetails::with_error_info(reason, ERROR_DOMAIN, HashMap::new());
             judge(&Status::with_error_details(code, "", details))
         };
         assert_eq!(said(Code::Unavailable, "SANDBOX_PAUSED"), End::Gone);
@@ -139,5 +143,6 @@ mod tests {
         assert_eq!(said(Code::ResourceExhausted, "OUT_OF_RESOURCES"), End::Refused);
         assert_eq!(said(Code::NotFound, "FILE_NOT_FOUND"), End::Refused);
         assert_eq!(judge(&Status::unavailable("broken pipe")), End::Lost);
+        assert_eq!(judge(&Status::unimplemented("")), End::Refused);
     }
 }
