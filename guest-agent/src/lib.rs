@@ -1,7 +1,7 @@
 //! The guest agent: PID 1 of a SoulBox guest.
 //!
-//! One thread serves everything (a second one exists while a program is being
-//! started), and when nobody asks it anything it sleeps without a timer. Both
+//! One thread serves everything (others exist while a program is being started, or
+//! files are worked on), and when nobody asks it anything it sleeps without a timer. Both
 //! because it is in every snapshot: a page it touches after a restore is a page
 //! that clones do not share, and a wake-up is a page it touches.
 //!
@@ -13,6 +13,7 @@
 
 mod agent;
 mod exec;
+mod files;
 mod init;
 pub mod options;
 mod ports;

@@ -4,6 +4,9 @@ use std::convert::Infallible;
 use std::task::{Context, Poll};
 
 use soulbox_proto::guest::MAX_REQUEST_BYTES;
+use soulbox_proto::guest::v1::filesystem_service_server::{
+    FilesystemServiceServer, SERVICE_NAME as FILESYSTEM,
+};
 use soulbox_proto::guest::v1::port_service_server::{PortServiceServer, SERVICE_NAME as PORT};
 use soulbox_proto::guest::v1::process_service_server::{
     ProcessServiceServer, SERVICE_NAME as PROCESS,
@@ -19,6 +22,7 @@ use tonic::codegen::{BoxFuture, Service};
 use tonic::transport::server::{Connected, Server};
 
 use crate::exec::Processes;
+use crate::files::Files;
 use crate::ports::Ports;
 use crate::system::System;
 
@@ -34,6 +38,7 @@ pub(crate) struct Services {
     process: ProcessServiceServer<Processes>,
     system: SystemServiceServer<System>,
     ports: PortServiceServer<Ports>,
+    files: FilesystemServiceServer<Files>,
 }
 
 // === impl Services ===
@@ -45,6 +50,7 @@ impl Services {
             process: process.max_decoding_message_size(MAX_REQUEST_BYTES),
             system: SystemServiceServer::new(system),
             ports: PortServiceServer::new(ports),
+            files: FilesystemServiceServer::new(Files::new()),
         }
     }
 
@@ -85,6 +91,7 @@ impl Service<http::Request<Body>> for Services {
             Some(PROCESS) => self.process.call(request),
             Some(SYSTEM) => self.system.call(request),
             Some(PORT) => self.ports.call(request),
+            Some(FILESYSTEM) => self.files.call(request),
             _ => Box::pin(async {
                 let status =
                     Status::unimplemented("this agent has no such service: use one of its age");

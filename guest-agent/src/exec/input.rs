@@ -97,9 +97,10 @@ fn check(request: ExecRequest, has_stdin: bool) -> Result<Input, Violations> {
         Some(process_input::Input::Stdin(chunk)) => Ok(Input::Stdin(chunk)),
         Some(process_input::Input::StdinEof(_)) => Ok(Input::Eof),
         Some(process_input::Input::Signal(number)) => check_signal(number).map(Input::Signal),
-        Some(process_input::Input::Resize(_)) => {
-            Err(Violations::of("input.resize", "the program has no terminal"))
-        }
+        Some(process_input::Input::Resize(_)) => Err(Violations::of(
+            "input.resize",
+            "the program has no terminal",
+        )),
         None => Err(Violations::of(
             "input",
             "must hold stdin, stdin_eof or signal",

@@ -67,9 +67,12 @@ impl Session {
             output,
         } = self;
         let pid = process.pid.cast_unsigned();
-        if send(&responses, exec_response::Event::Started(Started { pid, id: 0 }))
-            .await
-            .is_err()
+        if send(
+            &responses,
+            exec_response::Event::Started(Started { pid, id: 0 }),
+        )
+        .await
+        .is_err()
         {
             return;
         }

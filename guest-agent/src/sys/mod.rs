@@ -2,6 +2,7 @@
 
 #![allow(unsafe_code)]
 
+pub(crate) mod credentials;
 pub(crate) mod disk;
 pub(crate) mod process;
 pub(crate) mod random;

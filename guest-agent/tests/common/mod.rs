@@ -3,12 +3,15 @@
 // Each test binary uses its part; clippy knows no tests outside `#[test]`.
 #![allow(dead_code, unreachable_pub, clippy::unwrap_used)]
 
+pub mod files;
+
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use soulbox_proto::guest::v1::exec_response::Event;
+use soulbox_proto::guest::v1::filesystem_service_client::FilesystemServiceClient;
 use soulbox_proto::guest::v1::process_service_client::ProcessServiceClient;
 use soulbox_proto::guest::v1::system_service_client::SystemServiceClient;
 use soulbox_proto::guest::v1::*;
@@ -187,6 +190,10 @@ impl Guest {
         SystemServiceClient::new(self.channel.clone())
     }
 
+    pub fn files(&self) -> FilesystemServiceClient<Channel> {
+        FilesystemServiceClient::new(self.channel.clone())
+    }
+
     pub async fn health(&self) -> HealthResponse {
         self.system()
             .health(HealthRequest {})
@@ -296,6 +303,7 @@ impl Call {
                 .unwrap()?;
             match response.unwrap().event.unwrap() {
                 Event::Started(_) => panic!("a second `started`"),
+                Event::Dropped(_) => panic!("output is missing"),
                 Event::Stdout(bytes) => stdout.extend_from_slice(&bytes),
                 Event::Stderr(bytes) => stderr.extend_from_slice(&bytes),
                 Event::Exited(exited) => {
