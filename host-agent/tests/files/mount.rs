@@ -219,7 +219,7 @@ fn names_and_attributes_are_set() {
     assert_eq!(fs::read_link(there.join("link")).unwrap(), Path::new("../else/where"));
     assert_eq!(fs::read_link(here.join("link")).unwrap(), Path::new("../else/where"));
 
-    sh(here, "chmod 4751 two && chown 12:34 two && touch -d '1969-12-31T23:59:58.25Z' two");
+    sh(here, "chown 12:34 two && chmod 4751 two && touch -d '1969-12-31T23:59:58.25Z' two");
     for root in [here, &there] {
         let two = fs::metadata(root.join("two")).unwrap();
         assert_eq!(two.permissions().mode() & 0o7777, 0o4751);
@@ -487,7 +487,7 @@ fn a_full_disk_is_told() {
 fn read_only_refuses_changes() {
     let world = World::start();
     fs::write(world.guest().join("file"), "text").unwrap();
-    let mounted = world.mount_with(&["--read-only"]);
+    let mounted = world.mount_as("root", &["--read-only"]);
     assert_eq!(fs::read(mounted.join("file")).unwrap(), b"text");
     let refused = fs::write(mounted.join("file"), "other").unwrap_err();
     assert_eq!(refused.raw_os_error(), Some(libc::EROFS));
@@ -506,7 +506,7 @@ fn another_user_is_refused_what_is_not_its() {
     open(&world.guest().join("secret"), 0o600);
     fs::write(world.guest().join("shown"), "shown").unwrap();
     open(&world.guest().join("shown"), 0o644);
-    let mounted = world.mount_with(&["--user", "12345:12345"]);
+    let mounted = world.mount_as("12345:12345", &[]);
     let denied = |result: std::io::Result<File>| {
         assert_eq!(result.unwrap_err().raw_os_error(), Some(libc::EACCES));
     };
@@ -599,7 +599,7 @@ fn a_killed_one_is_cleared_away() {
     mounted.ended();
     let dead = fs::metadata(mounted.path()).unwrap_err();
     assert_eq!(dead.raw_os_error(), Some(libc::ENOTCONN));
-    let again = world.mount_on(mounted.path(), &[]);
+    let again = world.mount_on(mounted.path(), "root", &[]);
     assert_eq!(fs::read(again.join("file")).unwrap(), b"text");
 }
 

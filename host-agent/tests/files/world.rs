@@ -104,26 +104,22 @@ impl World {
         assert!(output.status.success(), "{output:?}");
     }
 
-    pub fn mount_command(&self, directory: &Path, more: &[&str]) -> Command {
-        let mut command = self.soulbox();
-        command.args(["mount", "--user", "root"]).args(more);
-        command.arg(self.place("")).arg(directory);
-        command
-    }
-
     pub fn mount(&self) -> Mounted {
-        self.mount_with(&[])
+        self.mount_as("root", &[])
     }
 
     /// On a directory of its own.
-    pub fn mount_with(&self, more: &[&str]) -> Mounted {
+    pub fn mount_as(&self, user: &str, more: &[&str]) -> Mounted {
         let directory = tempfile::tempdir_in(self.folder.path()).unwrap().keep();
-        self.mount_on(&directory, more)
+        self.mount_on(&directory, user, more)
     }
 
-    pub fn mount_on(&self, directory: &Path, more: &[&str]) -> Mounted {
-        let child = self
-            .mount_command(directory, more)
+    pub fn mount_on(&self, directory: &Path, user: &str, more: &[&str]) -> Mounted {
+        let mut command = self.soulbox();
+        command.args(["mount", "--user", user]).args(more);
+        let child = command
+            .arg(self.place(""))
+            .arg(directory)
             .stdin(Stdio::null())
             .stderr(Stdio::piped())
             .spawn()

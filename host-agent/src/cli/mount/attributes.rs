@@ -89,6 +89,26 @@ impl TryFrom<Option<Entry>> for Attributes {
 }
 
 impl Attributes {
+    pub(super) fn of_nothing() -> Self {
+        Self {
+            identity: Identity {
+                kind: FileType::RegularFile,
+                inode: 0,
+                device: 0,
+            },
+            size: 0,
+            allocated_bytes: 0,
+            mode: 0,
+            uid: 0,
+            gid: 0,
+            links: 0,
+            accessed: UNIX_EPOCH,
+            modified: UNIX_EPOCH,
+            changed: UNIX_EPOCH,
+            target: Bytes::new(),
+        }
+    }
+
     pub(super) fn of(&self, ino: u64) -> FileAttr {
         FileAttr {
             ino: INodeNo(ino),
@@ -112,24 +132,7 @@ impl Attributes {
 
 /// What makes the kernel remember that there is no such file.
 pub(super) fn nothing() -> FileAttr {
-    let none = Attributes {
-        identity: Identity {
-            kind: FileType::RegularFile,
-            inode: 0,
-            device: 0,
-        },
-        size: 0,
-        allocated_bytes: 0,
-        mode: 0,
-        uid: 0,
-        gid: 0,
-        links: 0,
-        accessed: UNIX_EPOCH,
-        modified: UNIX_EPOCH,
-        changed: UNIX_EPOCH,
-        target: Bytes::new(),
-    };
-    none.of(0)
+    Attributes::of_nothing().of(0)
 }
 
 /// The last part of a path that a listing tells, if it can be a name.
@@ -164,7 +167,7 @@ fn time(timestamp: Option<Timestamp>) -> SystemTime {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use proptest::prelude::*;
 
     use super::*;

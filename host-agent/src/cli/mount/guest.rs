@@ -31,6 +31,9 @@ const HIDDEN: &str = ".fuse_hidden-";
 #[derive(Debug)]
 pub(super) struct Guest {
     pub(super) files: Files,
+    /// On a connection of its own: events that wait for the kernel to drop something
+    /// must not hold up the answer that the kernel waits for.
+    pub(super) watched: Files,
     metrics: MetricsServiceClient<Sandboxed>,
     pub(super) base: Bytes,
     tree: Mutex<Tree>,
@@ -77,7 +80,7 @@ pub(super) struct OpenMode {
 
 impl Guest {
     pub(super) fn new(
-        files: Files,
+        [files, watched]: [Files; 2],
         metrics: MetricsServiceClient<Sandboxed>,
         base: Bytes,
         root: &Attributes,
@@ -85,6 +88,7 @@ impl Guest {
     ) -> Self {
         Self {
             files,
+            watched,
             metrics,
             tree: Mutex::new(Tree::new(base.clone(), root)),
             base,
@@ -173,7 +177,7 @@ impl Guest {
         if let Some(kept) = kept {
             let rest = kept.get(at..).unwrap_or_default();
             return Ok(Part {
-                entries: rest[..rest.len().min(1000)].to_vec(),
+                entries: rest[..rest.len().min(super::listing::PART)].to_vec(),
                 asked: now,
                 whole: None,
             });
@@ -636,8 +640,9 @@ impl Guest {
         }
     }
 
-    /// Files that nobody writes to any more.
+    /// Files that nobody reads or writes any more.
     pub(super) async fn settle_idle(&self) {
+        self.handles.drop_idle();
         for file in self.handles.files() {
             match file.settle_idle().await {
                 Some(Ok(said)) => self.wrote(file.ino, &said),

@@ -1,7 +1,7 @@
 //! Open files, and the streams by which their bytes travel.
 //!
-//! What a program reads or writes in order is one call to the guest, not one for
-//! each request of the kernel. A write is answered when it is on its way; the call is
+//! What a program reads in order is asked for in large parts, and ahead; what it
+//! writes in order is one call to the guest. A write is answered when it is on its way; the call is
 //! ended, and an error told, by fsync, close, and whatever else asks for the file.
 
 use std::collections::HashMap;
@@ -11,13 +11,14 @@ use std::time::{Duration, Instant};
 use bytes::{Buf as _, Bytes};
 use fuser::Errno;
 use soulbox_proto::guest::v1::{
-    CommitWrite, OpenWrite, ReadRequest, ReadResponse, WriteRequest, WriteResponse, open_write,
-    read_response, write_request,
+    CommitWrite, OpenWrite, ReadRequest, WriteRequest, WriteResponse, open_write, read_response,
+    write_request,
 };
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 use tokio_stream::wrappers::ReceiverStream;
-use tonic::{Status, Streaming};
+use tokio_util::task::AbortOnDropHandle;
+use tonic::Status;
 
 use super::attributes::{Attributes, Identity};
 use super::errno::errno;
@@ -28,8 +29,11 @@ use crate::cli::place::{Files, answer, in_time};
 const CHUNKS: usize = 4;
 /// A file that nobody writes to for so long is closed in the guest.
 const IDLE: Duration = Duration::from_secs(1);
-/// Reads in another order than the stream's, after which it is given up.
+/// Reads elsewhere, after which it is not read ahead any more.
 const PATIENCE: u32 = 4;
+/// What is read ahead at first; twice as much each time, until it is this.
+const FIRST_RANGE_BYTES: u64 = 256 << 10;
+const LAST_RANGE_BYTES: u64 = 4 << 20;
 
 /// All that is open.
 #[derive(Debug, Default)]
@@ -74,21 +78,38 @@ struct FileState {
     last_mode: Option<u32>,
 }
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct Reader {
-    stream: Option<ReadStream>,
+    ahead: Option<Ahead>,
+    /// What follows it, asked for before it is needed.
+    next: Option<Ahead>,
+    /// Of the next one.
+    range: u64,
     /// Where the read before ended.
     end: u64,
     misses: u32,
+    used: Instant,
 }
 
+/// A part of the file that is read ahead. It is taken in as it comes: what waited in a
+/// call would hold up all others on the same connection.
 #[derive(Debug)]
-struct ReadStream {
-    responses: Streaming<ReadResponse>,
+struct Ahead {
+    chunks: mpsc::UnboundedReceiver<Result<Bytes, Errno>>,
     position: u64,
+    end: u64,
     /// Received, not asked for yet.
     rest: Bytes,
     asked: Epoch,
+    _task: AbortOnDropHandle<()>,
+}
+
+/// Why no more of a part came.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Taken {
+    All,
+    PartEnded,
+    FileEnded,
 }
 
 #[derive(Debug)]
@@ -169,6 +190,14 @@ impl Handles {
 
     pub(super) fn files(&self) -> Vec<Arc<OpenFile>> {
         self.table().files.values().cloned().collect()
+    }
+
+    /// What nobody reads any more is not kept in memory.
+    pub(super) fn drop_idle(&self) {
+        let handles: Vec<_> = self.table().handles.values().cloned().collect();
+        for handle in handles {
+            handle.drop_idle();
+        }
     }
 
     pub(super) fn open_directory(&self, reading: super::listing::Reading) -> u64 {
@@ -368,7 +397,9 @@ impl Handle {
     /// Starts to read from the beginning: whether that is allowed.
     pub(super) async fn start_reading(&self, files: &Files, wanted: &Wanted) -> Result<(), Errno> {
         let mut reader = self.reader.lock().await;
-        reader.stream = Some(ReadStream::open(files, wanted, 0).await?);
+        let mut ahead = Ahead::start(files, wanted, 0, FIRST_RANGE_BYTES);
+        ahead.more().await?;
+        reader.ahead = Some(ahead);
         Ok(())
     }
 
@@ -377,61 +408,162 @@ impl Handle {
         let mut reader = self.reader.lock().await;
         reader.read(files, wanted).await
     }
-}
 
-// === impl Reader ===
-
-impl Reader {
-    async fn read(&mut self, files: &Files, wanted: &Wanted) -> Result<Vec<u8>, Errno> {
-        let is_in_order = wanted.offset == self.end;
-        self.end = wanted.offset.saturating_add(wanted.size as u64);
-        // What it had sent ahead of a change is old.
-        let is_fresh = |stream: &ReadStream| stream.asked >= wanted.unchanged_since;
-        match &self.stream {
-            Some(stream) if !is_fresh(stream) => self.stream = None,
-            Some(stream) if stream.position != wanted.offset => {
-                self.misses += 1;
-                if self.misses > PATIENCE {
-                    self.stream = None;
-                }
-                let size = wanted.size as u64;
-                let mut part = ReadStream::open(files, wanted, size).await?;
-                return part.take(wanted.size).await.map(|(bytes, _)| bytes);
-            }
-            _ => {}
-        }
-        if self.stream.is_none() {
-            // The whole rest where it is read in order.
-            let length = if is_in_order { 0 } else { wanted.size as u64 };
-            self.stream = Some(ReadStream::open(files, wanted, length).await?);
-            self.misses = 0;
-        }
-        let Some(stream) = &mut self.stream else {
-            return Err(Errno::EIO);
-        };
-        let taken = stream.take(wanted.size).await;
-        match taken {
-            Ok((bytes, false)) if is_in_order => Ok(bytes),
-            taken => {
-                self.stream = None;
-                taken.map(|(bytes, _)| bytes)
-            }
+    fn drop_idle(&self) {
+        if let Ok(mut reader) = self.reader.try_lock()
+            && reader.used.elapsed() > IDLE
+        {
+            reader.stop();
         }
     }
 }
 
-// === impl ReadStream ===
+// === impl Reader ===
 
-impl ReadStream {
-    async fn open(files: &Files, wanted: &Wanted, length: u64) -> Result<Self, Errno> {
-        let offset = wanted.offset;
+impl Default for Reader {
+    fn default() -> Self {
+        Self {
+            ahead: None,
+            next: None,
+            range: FIRST_RANGE_BYTES,
+            end: 0,
+            misses: 0,
+            used: Instant::now(),
+        }
+    }
+}
+
+impl Reader {
+    fn stop(&mut self) {
+        self.ahead = None;
+        self.next = None;
+        self.range = FIRST_RANGE_BYTES;
+        self.misses = 0;
+    }
+
+    async fn read(&mut self, files: &Files, wanted: &Wanted) -> Result<Vec<u8>, Errno> {
+        self.used = Instant::now();
+        // What had been read before a change is old.
+        let is_old = |ahead: &Ahead| ahead.asked < wanted.unchanged_since;
+        if [&self.ahead, &self.next].into_iter().flatten().any(is_old) {
+            self.stop();
+        }
+        let position = self.ahead.as_ref().map_or(self.end, |ahead| ahead.position);
+        self.end = wanted.offset.saturating_add(wanted.size as u64);
+        if position != wanted.offset {
+            self.misses += 1;
+            if self.misses > PATIENCE {
+                self.stop();
+            }
+            let mut part = Ahead::start(files, wanted, wanted.offset, wanted.size as u64);
+            let mut bytes = Vec::with_capacity(wanted.size);
+            part.take(wanted.size, &mut bytes).await?;
+            return Ok(bytes);
+        }
+        let read = self.read_in_order(files, wanted).await;
+        if read.is_err() {
+            self.stop();
+        }
+        read
+    }
+
+    async fn read_in_order(&mut self, files: &Files, wanted: &Wanted) -> Result<Vec<u8>, Errno> {
+        let mut bytes = Vec::with_capacity(wanted.size);
+        let mut at = wanted.offset;
+        while bytes.len() < wanted.size {
+            let range = self.range.max(wanted.size as u64);
+            let ahead = match (&mut self.ahead, self.next.take()) {
+                (Some(ahead), next) => {
+                    self.next = next;
+                    ahead
+                }
+                (none, Some(next)) if next.position == at => none.insert(next),
+                (none, _) => none.insert(Ahead::start(files, wanted, at, range)),
+            };
+            let taken = ahead.take(wanted.size, &mut bytes).await?;
+            at = ahead.position;
+            let left = ahead.end.saturating_sub(at);
+            if self.next.is_none() && left <= range / 2 && taken != Taken::FileEnded {
+                self.range = (self.range * 2).min(LAST_RANGE_BYTES);
+                self.next = Some(Ahead::start(files, wanted, ahead.end, self.range));
+            }
+            match taken {
+                Taken::All => {}
+                Taken::PartEnded => self.ahead = None,
+                Taken::FileEnded => {
+                    self.stop();
+                    break;
+                }
+            }
+        }
+        Ok(bytes)
+    }
+}
+
+// === impl Ahead ===
+
+impl Ahead {
+    fn start(files: &Files, wanted: &Wanted, offset: u64, length: u64) -> Self {
+        let (sender, chunks) = mpsc::unbounded_channel();
         let request = ReadRequest {
             path: files.path(wanted.path.clone()),
             offset,
             length,
         };
-        let mut client = files.client.clone();
+        let call = receive(files.clone(), request, wanted.identity, sender);
+        Self {
+            chunks,
+            position: offset,
+            end: offset.saturating_add(length),
+            rest: Bytes::new(),
+            asked: wanted.now,
+            _task: AbortOnDropHandle::new(tokio::spawn(call)),
+        }
+    }
+
+    /// False: there is no more.
+    async fn more(&mut self) -> Result<bool, Errno> {
+        match self.chunks.recv().await {
+            Some(chunk) => {
+                self.rest = chunk?;
+                Ok(true)
+            }
+            None => Ok(false),
+        }
+    }
+
+    /// Until there are so many bytes.
+    async fn take(&mut self, size: usize, bytes: &mut Vec<u8>) -> Result<Taken, Errno> {
+        while bytes.len() < size {
+            if self.rest.is_empty() {
+                if self.position == self.end {
+                    return Ok(Taken::PartEnded);
+                }
+                if !self.more().await? {
+                    return Ok(Taken::FileEnded);
+                }
+                continue;
+            }
+            let part = self.rest.len().min(size - bytes.len());
+            bytes.extend_from_slice(&self.rest[..part]);
+            self.rest.advance(part);
+            self.position += part as u64;
+        }
+        Ok(Taken::All)
+    }
+}
+
+/// Takes in what a call says: nothing first, when reading is allowed; then the bytes.
+async fn receive(
+    files: Files,
+    request: ReadRequest,
+    identity: Identity,
+    chunks: mpsc::UnboundedSender<Result<Bytes, Errno>>,
+) {
+    let received = async {
         let told = |status: Status| errno(&status);
+        let mut left = request.length;
+        let mut client = files.client.clone();
         let mut responses = answer(client.read(request)).await.map_err(told)?;
         let first = in_time(responses.message()).await.map_err(told)?;
         let Some(read_response::Message::Entry(entry)) = first.and_then(|first| first.message)
@@ -439,42 +571,27 @@ impl ReadStream {
             return Err(Errno::EIO);
         };
         let attributes = Attributes::try_from(Some(entry)).map_err(|_| Errno::EIO)?;
-        if attributes.identity != wanted.identity {
+        if attributes.identity != identity {
             // Another file has its name now.
             return Err(Errno::ESTALE);
         }
-        Ok(Self {
-            responses,
-            position: offset,
-            rest: Bytes::new(),
-            asked: wanted.now,
-        })
-    }
-
-    /// So many bytes, or those that are left, and whether the file ended.
-    async fn take(&mut self, size: usize) -> Result<(Vec<u8>, bool), Errno> {
-        let mut taken = Vec::with_capacity(size);
-        while taken.len() < size {
-            if self.rest.is_empty() {
-                let next = in_time(self.responses.message()).await;
-                let Some(next) = next.map_err(|status| errno(&status))? else {
-                    break;
-                };
-                match next.message {
-                    Some(read_response::Message::Data(data)) if !data.is_empty() => {
-                        self.rest = data;
-                    }
-                    // It could go on so for ever.
-                    _ => return Err(Errno::EIO),
-                }
-                continue;
+        // Who does not want it any more ends this task.
+        let _ = chunks.send(Ok(Bytes::new()));
+        while let Some(next) = in_time(responses.message()).await.map_err(told)? {
+            let Some(read_response::Message::Data(mut data)) = next.message else {
+                return Err(Errno::EIO);
+            };
+            // Nothing could go on for ever, and more was not asked for.
+            if data.is_empty() || left == 0 {
+                return Err(Errno::EIO);
             }
-            let part = self.rest.len().min(size - taken.len());
-            taken.extend_from_slice(&self.rest[..part]);
-            self.rest.advance(part);
+            data.truncate(usize::try_from(left).unwrap_or(usize::MAX));
+            left -= data.len() as u64;
+            let _ = chunks.send(Ok(data));
         }
-        self.position = self.position.saturating_add(taken.len() as u64);
-        let is_end = taken.len() < size;
-        Ok((taken, is_end))
+        Ok(())
+    };
+    if let Err(error) = received.await {
+        let _ = chunks.send(Err(error));
     }
 }

@@ -12,6 +12,8 @@ use super::tree::{Epoch, Listed, Listing};
 use crate::cli::place::{Files, answer};
 
 const PAGE: u32 = 1000;
+/// What fits into one answer to the kernel, about.
+pub(super) const PART: usize = 256;
 /// A guest could go on for ever.
 const MAX_ENTRIES: usize = 1_000_000;
 const MAX_PAGES: usize = 100_000;
@@ -53,7 +55,7 @@ impl Reading {
         }
     }
 
-    /// At most a page from there; empty at the end. From the beginning it is read
+    /// Some from there; empty at the end. From the beginning it is read
     /// anew, as rewinddir(3) says.
     pub(super) async fn part(
         &self,
@@ -77,7 +79,7 @@ impl Reading {
         };
         let rest = entries.get(at..).unwrap_or_default();
         Ok(Part {
-            entries: rest[..rest.len().min(PAGE as usize)].to_vec(),
+            entries: rest[..rest.len().min(PART)].to_vec(),
             asked,
             whole,
         })

@@ -126,6 +126,8 @@ async fn open(host: &Host, args: &MountArgs) -> Result<(Arc<Guest>, Queue), CliE
     })?;
     let channel = host.channel().await?;
     let metrics = MetricsServiceClient::with_interceptor(channel.clone(), sandbox.clone());
+    let watching = host.channel().await?;
+    let watched = Files::of(watching, sandbox.clone(), &args.user);
     let files = Files::of(channel, sandbox, &args.user);
     let base = Bytes::from(place.path.clone());
     let request = StatRequest {
@@ -142,7 +144,7 @@ async fn open(host: &Host, args: &MountArgs) -> Result<(Arc<Guest>, Queue), CliE
         return Err(MountError::NotADirectory { place }.into());
     }
     let (invalidations, queue) = Invalidations::new();
-    let guest = Guest::new(files, metrics, base, &root, invalidations);
+    let guest = Guest::new([files, watched], metrics, base, &root, invalidations);
     Ok((Arc::new(guest), queue))
 }
 

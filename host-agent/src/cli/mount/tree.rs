@@ -549,3 +549,248 @@ impl Absent {
 pub(super) fn absent() -> fuser::FileAttr {
     nothing()
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::collection::vec;
+    use proptest::prelude::*;
+
+    use super::super::attributes::tests::entries;
+    use super::*;
+
+    fn told(inode: u64, kind: FileType) -> Attributes {
+        let mut told = Attributes::of_nothing();
+        told.identity = Identity {
+            kind,
+            inode,
+            device: 1,
+        };
+        told
+    }
+
+    fn tree() -> Tree {
+        let mut tree = Tree::new(Bytes::from_static(b"/base"), &told(2, FileType::Directory));
+        tree.watched();
+        tree
+    }
+
+    fn bytes(name: &str) -> Bytes {
+        Bytes::copy_from_slice(name.as_bytes())
+    }
+
+    #[test]
+    fn a_file_has_the_guests_number_where_that_is_free() {
+        let mut tree = tree();
+        let file = told(7, FileType::RegularFile);
+        assert_eq!(tree.look_up(ROOT, &bytes("a"), &file), Some(7));
+        assert_eq!(tree.look_up(ROOT, &bytes("a"), &file), Some(7));
+        let hard_link = tree.look_up(ROOT, &bytes("b"), &file).unwrap();
+        assert!(hard_link >= OWN_NUMBERS);
+        let root = told(ROOT, FileType::Directory);
+        assert!(tree.look_up(ROOT, &bytes("c"), &root).unwrap() >= OWN_NUMBERS);
+        // Another file in its place is another number; the first lives while it is known.
+        let other = tree.look_up(ROOT, &bytes("a"), &told(8, FileType::RegularFile));
+        assert_eq!(other, Some(8));
+        assert_eq!(tree.path(7), None);
+        assert_eq!(tree.path(8).as_deref(), Some(&b"/base/a"[..]));
+        tree.forget(7, 2);
+        assert_eq!(tree.identity(7), None);
+    }
+
+    #[test]
+    fn what_was_asked_before_a_change_is_not_kept() {
+        let mut tree = tree();
+        let asked = tree.epoch();
+        let file = told(7, FileType::RegularFile);
+        let ino = tree.look_up(ROOT, &bytes("a"), &file).unwrap();
+        assert_eq!(tree.ttl(ino, asked), KEPT);
+        let stale = tree.changed(b"a", false);
+        assert!(stale.contains(&Stale::Content(ino)));
+        assert!(stale.contains(&Stale::Name(ROOT, bytes("a"))));
+        assert_eq!(tree.ttl(ino, asked), Duration::ZERO);
+        assert_eq!(tree.ttl(ino, tree.epoch()), KEPT);
+        // Of a name that is not known yet as well.
+        let asked = tree.epoch();
+        tree.changed(b"b", false);
+        let ino = tree.look_up(ROOT, &bytes("b"), &told(9, FileType::RegularFile)).unwrap();
+        assert_eq!(tree.ttl(ino, asked), Duration::ZERO);
+        assert_eq!(tree.look_up_nothing(ROOT, &bytes("c"), asked).0, Duration::ZERO);
+        // And nothing is without a watch.
+        let asked = tree.epoch();
+        tree.unwatched();
+        assert_eq!(tree.ttl(ino, tree.epoch()), Duration::ZERO);
+        tree.watched();
+        assert_eq!(tree.ttl(ino, asked), Duration::ZERO);
+        assert_eq!(tree.ttl(ino, tree.epoch()), KEPT);
+    }
+
+    #[test]
+    fn all_that_the_kernel_may_have_is_dropped_after_an_overflow() {
+        let mut tree = tree();
+        let asked = tree.epoch();
+        let directory = told(7, FileType::Directory);
+        let ino = tree.look_up(ROOT, &bytes("dir"), &directory).unwrap();
+        tree.look_up(ino, &bytes("file"), &told(8, FileType::RegularFile));
+        tree.look_up_nothing(ino, &bytes("none"), asked);
+        // A directory that is gone, with something open in it.
+        tree.detach(ROOT, b"dir");
+        let stale = tree.overflowed();
+        for wanted in [
+            Stale::Content(ROOT),
+            Stale::Content(7),
+            Stale::Content(8),
+            Stale::Name(7, bytes("file")),
+            Stale::Name(7, bytes("none")),
+        ] {
+            assert!(stale.contains(&wanted), "{wanted:?}");
+        }
+    }
+
+    #[test]
+    fn absent_names_are_bounded() {
+        let mut tree = tree();
+        let mut dropped = 0;
+        for number in 0..MAX_ABSENT + 10 {
+            let name = bytes(&number.to_string());
+            let (ttl, stale) = tree.look_up_nothing(ROOT, &name, tree.epoch());
+            assert_eq!(ttl, KEPT);
+            dropped += usize::from(stale.is_some());
+        }
+        assert_eq!(dropped, 10);
+        assert_eq!(tree.absent.names.len(), MAX_ABSENT);
+    }
+
+    #[test]
+    fn what_is_in_a_directory_moves_with_it() {
+        let mut tree = tree();
+        let directory = |inode| told(inode, FileType::Directory);
+        let dir = tree.look_up(ROOT, &bytes("dir"), &directory(7)).unwrap();
+        let inner = tree.look_up(dir, &bytes("inner"), &directory(8)).unwrap();
+        tree.rename((ROOT, b"dir"), (ROOT, &bytes("moved")));
+        assert_eq!(tree.path(inner).as_deref(), Some(&b"/base/moved/inner"[..]));
+        // Into itself: the kernel never asks, and it would be a ring.
+        tree.rename((ROOT, b"moved"), (inner, &bytes("ring")));
+        assert_eq!(tree.path(inner).as_deref(), Some(&b"/base/moved/inner"[..]));
+        let other = tree.look_up(ROOT, &bytes("other"), &directory(9)).unwrap();
+        tree.exchange((ROOT, &bytes("other")), (dir, &bytes("inner")));
+        assert_eq!(tree.path(other).as_deref(), Some(&b"/base/moved/inner"[..]));
+        assert_eq!(tree.path(inner).as_deref(), Some(&b"/base/other"[..]));
+    }
+
+    #[test]
+    fn paths_that_the_guest_does_not_take_are_none() {
+        let mut tree = tree();
+        let mut at = ROOT;
+        let name = Bytes::from(vec![b'x'; 255]);
+        for inode in 10..25 {
+            at = tree.look_up(at, &name, &told(inode, FileType::Directory)).unwrap();
+        }
+        assert_eq!(tree.path(at).map(|path| path.len()), Some(5 + 15 * 256));
+        assert_eq!(tree.child_path(at, &name), None);
+    }
+
+    #[derive(Debug, Clone)]
+    enum Step {
+        LookUp(usize, u8, soulbox_proto::guest::v1::Entry),
+        Nothing(usize, u8),
+        Forget(usize),
+        Detach(usize, u8),
+        Rename(usize, u8, usize, u8),
+        Exchange(usize, u8, usize, u8),
+        Changed(Vec<u8>, bool),
+        Touch(usize),
+        Overflow,
+    }
+
+    fn steps() -> impl Strategy<Value = Step> {
+        let (node, name) = (0..8_usize, 0..4_u8);
+        let event = vec(prop_oneof![Just(b'/'), Just(b'a'), Just(b'b'), Just(b'.')], 0..12);
+        prop_oneof![
+            6 => (node.clone(), name.clone(), entries()).prop_map(|(node, name, mut entry)| {
+                // Few numbers, so that they meet.
+                entry.inode %= 6;
+                entry.device %= 2;
+                Step::LookUp(node, name, entry)
+            }),
+            1 => (node.clone(), name.clone()).prop_map(|(node, name)| Step::Nothing(node, name)),
+            2 => node.clone().prop_map(Step::Forget),
+            1 => (node.clone(), name.clone()).prop_map(|(node, name)| Step::Detach(node, name)),
+            2 => (node.clone(), name.clone(), node.clone(), name.clone())
+                .prop_map(|(a, b, c, d)| Step::Rename(a, b, c, d)),
+            1 => (node.clone(), name.clone(), node.clone(), name)
+                .prop_map(|(a, b, c, d)| Step::Exchange(a, b, c, d)),
+            2 => (event, any::<bool>()).prop_map(|(path, whole)| Step::Changed(path, whole)),
+            1 => node.prop_map(Step::Touch),
+            1 => Just(Step::Overflow),
+        ]
+    }
+
+    /// Every child knows its parent, every name leads to its node, and all ends at the root.
+    fn assert_sound(tree: &Tree) {
+        for (ino, node) in &tree.nodes {
+            for (name, child) in &node.children {
+                assert_eq!(tree.nodes[child].name, Some((*ino, name.clone())));
+            }
+            if let Some((parent, name)) = &node.name {
+                assert_eq!(tree.child(*parent, name), Some(*ino));
+            }
+            // It ends, whether it has a path or not.
+            tree.path(*ino);
+            assert!(node.lookups > 0 || !node.children.is_empty() || *ino == ROOT);
+        }
+        let listed: usize = tree.listings.values().map(|listing| listing.len()).sum();
+        assert_eq!(tree.listed, listed);
+    }
+
+    proptest! {
+        #[test]
+        fn the_table_is_sound_whatever_guest_and_kernel_do(all in vec(steps(), 0..60)) {
+            let mut tree = tree();
+            let mut known = vec![(ROOT, 0_u64)];
+            for step in all {
+                let node = |at: usize| known[at % known.len()].0;
+                let name = |name: u8| bytes(["a", "b", "c", "d"][usize::from(name)]);
+                match step {
+                    Step::LookUp(at, child, entry) => {
+                        let parent = node(at);
+                        let Ok(told) = Attributes::try_from(Some(entry)) else { continue };
+                        let found = tree.look_up(parent, &name(child), &told);
+                        if let Some(ino) = found {
+                            prop_assert_ne!(ino, ROOT);
+                            prop_assert_eq!(tree.identity(ino), Some(told.identity));
+                            match known.iter_mut().find(|(known, _)| *known == ino) {
+                                Some((_, lookups)) => *lookups += 1,
+                                None => known.push((ino, 1)),
+                            }
+                        }
+                    }
+                    Step::Nothing(at, child) => {
+                        let epoch = tree.epoch();
+                        tree.look_up_nothing(node(at), &name(child), epoch);
+                    }
+                    Step::Forget(at) => {
+                        let at = at % known.len();
+                        if known[at].0 != ROOT {
+                            let (ino, lookups) = known.swap_remove(at);
+                            tree.forget(ino, lookups);
+                        }
+                    }
+                    Step::Detach(at, child) => tree.detach(node(at), &name(child)),
+                    Step::Rename(a, b, c, d) => tree.rename((node(a), &name(b)), (node(c), &name(d))),
+                    Step::Exchange(a, b, c, d) => {
+                        tree.exchange((node(a), &name(b)), (node(c), &name(d)));
+                    }
+                    Step::Changed(path, whole) => drop(tree.changed(&path, whole)),
+                    Step::Touch(at) => tree.touch(node(at)),
+                    Step::Overflow => drop(tree.overflowed()),
+                }
+                assert_sound(&tree);
+            }
+            // What the kernel has forgotten takes no room.
+            for (ino, lookups) in known.into_iter().filter(|(ino, _)| *ino != ROOT) {
+                tree.forget(ino, lookups);
+            }
+            prop_assert_eq!(tree.nodes.len(), 1);
+        }
+    }
+}

@@ -69,10 +69,10 @@ pub(super) async fn keep(guest: Arc<Guest>, state: watch::Sender<State>) -> Stat
 /// One watch, to its end.
 async fn once(guest: &Guest, state: &watch::Sender<State>) -> Status {
     let request = WatchRequest {
-        path: guest.files.path(guest.base.clone()),
+        path: guest.watched.path(guest.base.clone()),
         recursive: true,
     };
-    let mut client = guest.files.client.clone();
+    let mut client = guest.watched.client.clone();
     let mut events = match answer(client.watch(request)).await {
         Ok(events) => events,
         Err(status) => return status,
