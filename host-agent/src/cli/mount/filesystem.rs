@@ -37,12 +37,11 @@ const BLOCK_BYTES: u32 = 4096;
 const MAX_NAME_BYTES: u32 = 255;
 
 /// What would make the kernel faster, where it knows it.
-const WANTED: [InitFlags; 6] = [
+const WANTED: [InitFlags; 5] = [
     InitFlags::FUSE_DO_READDIRPLUS,
     InitFlags::FUSE_READDIRPLUS_AUTO,
     InitFlags::FUSE_PARALLEL_DIROPS,
     InitFlags::FUSE_ATOMIC_O_TRUNC,
-    InitFlags::FUSE_CACHE_SYMLINKS,
     // Without a watch, a file is compared by its time of change each time it is read.
     InitFlags::FUSE_AUTO_INVAL_DATA,
 ];
@@ -552,6 +551,7 @@ fn entry(guest: &Guest, found: &Found, reply: ReplyEntry) {
     let mut tree = guest.tree();
     match tree.look_up(found.parent, &found.name, &found.attributes) {
         Some(ino) => {
+            tree.keep_target(ino, &found.attributes.target, found.asked);
             let ttl = tree.ttl(ino, found.asked);
             reply.entry(&ttl, &found.attributes.of(ino), GENERATION);
         }
@@ -632,6 +632,7 @@ fn entries(
         let Some(number) = tree.look_up(ino, &listed.name, &listed.attributes) else {
             break;
         };
+        tree.keep_target(number, &listed.attributes.target, asked);
         let ttl = tree.ttl(number, asked);
         let attributes = listed.attributes.of(number);
         let name = OsStr::from_bytes(&listed.name);

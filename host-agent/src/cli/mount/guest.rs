@@ -159,12 +159,21 @@ impl Guest {
     }
 
     pub(super) async fn target(&self, ino: u64) -> Result<Bytes, Errno> {
-        let (path, _) = self.path(ino)?;
-        let attributes = self.stat(path, false).await?;
-        match attributes.identity.kind {
-            FileType::Symlink if attributes.target.is_empty() => Err(Errno::EIO),
-            FileType::Symlink => Ok(attributes.target),
-            _ => Err(Errno::EINVAL),
+        let kept = self.tree().target(ino);
+        let target = match kept {
+            Some(target) => target,
+            None => {
+                let (path, _) = self.path(ino)?;
+                let attributes = self.stat(path, false).await?;
+                if attributes.identity.kind != FileType::Symlink {
+                    return Err(Errno::EINVAL);
+                }
+                attributes.target
+            }
+        };
+        match target.is_empty() {
+            true => Err(Errno::EIO),
+            false => Ok(target),
         }
     }
 

@@ -77,6 +77,8 @@ struct Node {
     changed: Epoch,
     /// The guest has let us read it, and nothing of it has changed since.
     readable: bool,
+    /// Of a symbolic link, and when it was asked for.
+    target: Option<(Bytes, Epoch)>,
 }
 
 #[derive(Debug, Default)]
@@ -175,6 +177,21 @@ impl Tree {
         {
             node.readable = true;
         }
+    }
+
+    /// A link's target. The kernel could keep it too, but drops it for an event alone,
+    /// not for an answer that says otherwise.
+    pub(super) fn keep_target(&mut self, ino: u64, target: &Bytes, asked: Epoch) {
+        if let Some(node) = self.nodes.get_mut(&ino)
+            && node.identity.kind == FileType::Symlink
+        {
+            node.target = Some((target.clone(), asked));
+        }
+    }
+
+    pub(super) fn target(&self, ino: u64) -> Option<Bytes> {
+        let (target, asked) = self.nodes.get(&ino)?.target.as_ref()?;
+        self.may_keep(ino, *asked).then(|| target.clone())
     }
 
     /// Whether what was asked then is still so, and somebody would say if not.
@@ -510,6 +527,7 @@ impl Node {
             foreign,
             changed,
             readable: false,
+            target: None,
         }
     }
 }
