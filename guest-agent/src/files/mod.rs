@@ -4,16 +4,20 @@
 //! threads that may block and its bytes to and from the caller; the others are the
 //! calls.
 
+mod archive;
 mod change;
 mod entry;
 mod error;
+mod ignored;
 mod incoming;
 mod jobs;
 mod list;
 mod place;
 mod read;
 mod remove;
+mod search;
 mod tree;
+mod watch;
 mod write;
 mod xattr;
 
@@ -22,12 +26,14 @@ use soulbox_proto::guest::v1::filesystem_service_server::FilesystemService;
 use soulbox_proto::guest::v1::*;
 use tonic::{Request, Response, Status, Streaming};
 
+use self::archive::{Download, Upload};
 use self::change::Attributes;
 use self::entry::entry_of;
 use self::error::Told as _;
 use self::jobs::{Jobs, Responses};
-use self::place::{PATH_MAX_BYTES, Place};
+use self::place::{PATH_MAX_BYTES, Place, View};
 use self::read::Reader;
+use self::search::Search;
 use self::write::Writer;
 use crate::spec::Violations;
 
@@ -85,8 +91,7 @@ impl FilesystemService for Files {
         if i64::try_from(offset).is_err() {
             return Err(Violations::of("offset", "must be less than 2^63").into());
         }
-        let open =
-            move |place: &Place, view: &place::View| Reader::open(place, view, offset, length);
+        let open = move |place: &Place, view: &View| Reader::open(place, view, offset, length);
         Ok(Response::new(self.jobs.stream(place, open).await?))
     }
 
@@ -214,30 +219,57 @@ impl FilesystemService for Files {
 
     async fn search(
         &self,
-        _: Request<SearchRequest>,
+        request: Request<SearchRequest>,
     ) -> Result<Response<Self::SearchStream>, Status> {
-        Err(Status::unimplemented(""))
+        let mut request = request.into_inner();
+        let place = Place::check(request.path.take(), "path")?;
+        // Compiles what may be large, so not on the agent's own thread.
+        let open = move |place: &Place, view: &View| {
+            Search::open(place, view, search::Asked::check(&request)?)
+        };
+        Ok(Response::new(self.jobs.stream(place, open).await?))
     }
 
     type WatchStream = Responses<WatchResponse>;
 
-    async fn watch(&self, _: Request<WatchRequest>) -> Result<Response<Self::WatchStream>, Status> {
-        Err(Status::unimplemented(""))
+    async fn watch(
+        &self,
+        request: Request<WatchRequest>,
+    ) -> Result<Response<Self::WatchStream>, Status> {
+        let WatchRequest { path, recursive } = request.into_inner();
+        let place = Place::check(path, "path")?;
+        let watched = watch::watch(&self.jobs, place, recursive).await?;
+        Ok(Response::new(watched))
     }
 
     type DownloadStream = Responses<DownloadResponse>;
 
     async fn download(
         &self,
-        _: Request<DownloadRequest>,
+        request: Request<DownloadRequest>,
     ) -> Result<Response<Self::DownloadStream>, Status> {
-        Err(Status::unimplemented(""))
+        let request = request.into_inner();
+        let compression = request.compression();
+        let place = Place::check(request.path, "path")?;
+        let open = move |place: &Place, view: &View| Download::open(place, view, compression);
+        Ok(Response::new(self.jobs.stream(place, open).await?))
     }
 
     async fn upload(
         &self,
-        _: Request<Streaming<UploadRequest>>,
+        request: Request<Streaming<UploadRequest>>,
     ) -> Result<Response<UploadResponse>, Status> {
-        Err(Status::unimplemented(""))
+        let mut requests = request.into_inner();
+        let first = requests.message().await?;
+        let Some(upload_request::Message::Open(mut open)) = first.and_then(|first| first.message)
+        else {
+            return Err(Violations::of("open", "must be the first message of the call").into());
+        };
+        let place = Place::check(open.path.take(), "open.path")?;
+        let compression = archive::check(&open)?;
+        let open =
+            move || place.visit(|view| Upload::open(&place, view, compression, open.keep_owners));
+        let uploaded = incoming::feed(&self.jobs, requests, open, archive::piece, true);
+        Ok(Response::new(uploaded.await?))
     }
 }

@@ -144,6 +144,10 @@ impl User {
         } = &*self.0;
         act_as(*uid, *gid, groups).told("act as user", self.0.name.as_bytes())
     }
+
+    pub(super) fn is_root(&self) -> bool {
+        self.0.uid == 0
+    }
 }
 
 // === impl View ===

@@ -24,8 +24,8 @@ use super::xattr;
 use crate::spec::Violations;
 
 const FILE_MODE: u32 = 0o644;
-/// How files begin that are not whole yet. Watch does not tell them.
-pub(super) const HIDDEN_PREFIX: &[u8] = b".soulbox-";
+/// How files begin that are not whole yet, before sixteen digits.
+const HIDDEN_PREFIX: &[u8] = b".soulbox-";
 /// How often a name is looked up anew that others make and remove meanwhile.
 const MAX_TRIES: u32 = 16;
 
@@ -338,6 +338,12 @@ fn hidden_name() -> std::io::Result<Vec<u8>> {
     File::open("/dev/urandom")?.read_exact(&mut random)?;
     let random = u64::from_ne_bytes(random);
     Ok([HIDDEN_PREFIX, format!("{random:016x}").as_bytes()].concat())
+}
+
+/// Whether a file is one that is not whole yet. Watch does not tell it.
+pub(super) fn is_hidden_name(name: &[u8]) -> bool {
+    let digits = name.strip_prefix(HIDDEN_PREFIX);
+    digits.is_some_and(|digits| digits.len() == 16 && digits.iter().all(u8::is_ascii_hexdigit))
 }
 
 /// Gives a new file the owner, the mode and the attributes of an old one. A user who

@@ -6,5 +6,6 @@ pub(crate) mod credentials;
 pub(crate) mod disk;
 pub(crate) mod process;
 pub(crate) mod random;
+pub(crate) mod readiness;
 pub(crate) mod spawn;
 pub(crate) mod wait;
