@@ -143,9 +143,7 @@ pub(super) async fn answer<T>(
 }
 
 /// The same of anything that a guest is to say.
-pub(super) async fn in_time<T>(
-    call: impl Future<Output = Result<T, Status>>,
-) -> Result<T, Status> {
+pub(super) async fn in_time<T>(call: impl Future<Output = Result<T, Status>>) -> Result<T, Status> {
     match tokio::time::timeout(ANSWER, call).await {
         Ok(said) => said,
         Err(_) => Err(Status::deadline_exceeded(

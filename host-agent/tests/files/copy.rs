@@ -13,19 +13,40 @@ use crate::world::{SmallDisk, World, noise, sh, snapshot, until, wait};
 
 pub const ALL: &[Case] = &[
     ("copy::a_file_goes_up_and_down", a_file_goes_up_and_down),
-    ("copy::destinations_are_those_of_cp", destinations_are_those_of_cp),
+    (
+        "copy::destinations_are_those_of_cp",
+        destinations_are_those_of_cp,
+    ),
     ("copy::a_pipe_is_one_end", a_pipe_is_one_end),
-    ("copy::any_tree_comes_back_as_it_was", any_tree_comes_back_as_it_was),
+    (
+        "copy::any_tree_comes_back_as_it_was",
+        any_tree_comes_back_as_it_was,
+    ),
     ("copy::ten_thousand_files", ten_thousand_files),
-    ("copy::a_tree_is_laid_over_another", a_tree_is_laid_over_another),
+    (
+        "copy::a_tree_is_laid_over_another",
+        a_tree_is_laid_over_another,
+    ),
     ("copy::a_broken_download_goes_on", a_broken_download_goes_on),
     ("copy::a_broken_upload_goes_on", a_broken_upload_goes_on),
-    ("copy::what_changed_meanwhile_is_begun_anew", what_changed_meanwhile_is_begun_anew),
+    (
+        "copy::what_changed_meanwhile_is_begun_anew",
+        what_changed_meanwhile_is_begun_anew,
+    ),
     ("copy::a_full_disk_here_is_told", a_full_disk_here_is_told),
     ("copy::a_full_disk_there_is_told", a_full_disk_there_is_told),
-    ("copy::what_cannot_be_copied_is_said", what_cannot_be_copied_is_said),
-    ("copy::an_agent_that_dies_ends_it", an_agent_that_dies_ends_it),
-    ("copy::programs_read_what_was_copied", programs_read_what_was_copied),
+    (
+        "copy::what_cannot_be_copied_is_said",
+        what_cannot_be_copied_is_said,
+    ),
+    (
+        "copy::an_agent_that_dies_ends_it",
+        an_agent_that_dies_ends_it,
+    ),
+    (
+        "copy::programs_read_what_was_copied",
+        programs_read_what_was_copied,
+    ),
 ];
 
 const LARGE: usize = 96 << 20;
@@ -37,7 +58,9 @@ fn display(path: &Path) -> String {
 fn parts(directory: &Path) -> Vec<std::path::PathBuf> {
     let entries = fs::read_dir(directory).unwrap();
     let paths = entries.map(|entry| entry.unwrap().path());
-    paths.filter(|path| path.extension().is_some_and(|it| it == "soulbox-part")).collect()
+    paths
+        .filter(|path| path.extension().is_some_and(|it| it == "soulbox-part"))
+        .collect()
 }
 
 fn a_file_goes_up_and_down() {
@@ -47,7 +70,12 @@ fn a_file_goes_up_and_down() {
         let source = world.host().join(format!("source-{number}"));
         let data = noise(size, number as u64 + 1);
         fs::write(&source, &data).unwrap();
-        sh(&world.host(), &format!("chmod 4750 source-{number}; touch -d 2002-03-04T05:06:07.125 source-{number}"));
+        sh(
+            &world.host(),
+            &format!(
+                "chmod 4750 source-{number}; touch -d 2002-03-04T05:06:07.125 source-{number}"
+            ),
+        );
         let there = world.guest().join(format!("there-{number}"));
         world.copy_well([display(&source), world.place(&format!("there-{number}"))]);
         assert!(fs::read(&there).unwrap() == data);
@@ -59,7 +87,10 @@ fn a_file_goes_up_and_down() {
             let found = fs::metadata(copy).unwrap();
             // But for the bit that gives away the owner's rights.
             assert_eq!(found.permissions().mode() & 0o7777, 0o750);
-            assert_eq!((found.mtime(), found.mtime_nsec()), (wanted.mtime(), wanted.mtime_nsec()));
+            assert_eq!(
+                (found.mtime(), found.mtime_nsec()),
+                (wanted.mtime(), wanted.mtime_nsec())
+            );
         }
         world.copy_well(["-a".to_owned(), display(&source), world.place("archived")]);
         let archived = fs::metadata(world.guest().join("archived")).unwrap();
@@ -92,7 +123,13 @@ fn destinations_are_those_of_cp() {
     world.copy_well([to("new"), world.place("there")]);
     world.copy_well([to("new/."), world.place("there")]);
     world.copy_well([to("new"), world.place("other")]);
-    for path in ["there/renamed", "there/again", "there/new/inner/file", "there/inner/file", "other/inner/file"] {
+    for path in [
+        "there/renamed",
+        "there/again",
+        "there/new/inner/file",
+        "there/inner/file",
+        "other/inner/file",
+    ] {
         assert!(guest.join(path).is_file(), "{path}");
     }
     // What is there is replaced; a link is followed, a device written to.
@@ -126,10 +163,20 @@ fn a_pipe_is_one_end() {
     assert_eq!(refused.status.code(), Some(1));
     // What programs ask.
     let mut command = world.soulbox();
-    command.args(["--output", "json", "cp", "--user", "root", &world.place("piped")]);
+    command.args([
+        "--output",
+        "json",
+        "cp",
+        "--user",
+        "root",
+        &world.place("piped"),
+    ]);
     let output = command.arg(world.host().join("json")).output().unwrap();
     let said: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
-    assert_eq!((&said["entries"], &said["bytes"]), (&1.into(), &data.len().into()));
+    assert_eq!(
+        (&said["entries"], &said["bytes"]),
+        (&1.into(), &data.len().into())
+    );
 }
 
 /// Names of any bytes, deep, long and sealed; links to anywhere.
@@ -137,7 +184,9 @@ fn any_tree_comes_back_as_it_was() {
     let world = World::start();
     let mut state = 99_u64;
     let mut random = move |below: u64| {
-        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+        state = state
+            .wrapping_mul(6_364_136_223_846_793_005)
+            .wrapping_add(1);
         (state >> 33) % below
     };
     for (round, compress) in ["never", "always", "auto"].into_iter().enumerate() {
@@ -146,7 +195,8 @@ fn any_tree_comes_back_as_it_was() {
         let mut directories = vec![source.clone()];
         for number in 0..150 {
             use std::os::unix::ffi::OsStringExt as _;
-            let above = directories[usize::try_from(random(directories.len() as u64)).unwrap()].clone();
+            let above =
+                directories[usize::try_from(random(directories.len() as u64)).unwrap()].clone();
             let length = [1, 3, 20, 120, 200][usize::try_from(random(5)).unwrap()];
             let mut name = format!("{number}-").into_bytes();
             for _ in 0..length {
@@ -164,18 +214,28 @@ fn any_tree_comes_back_as_it_was() {
                     fs::create_dir(&path).unwrap();
                     directories.push(path);
                 }
-                1 => symlink(format!("{}/../x", "y".repeat(usize::try_from(random(200)).unwrap())), &path).unwrap(),
+                1 => symlink(
+                    format!("{}/../x", "y".repeat(usize::try_from(random(200)).unwrap())),
+                    &path,
+                )
+                .unwrap(),
                 _ => {
                     let size = [0, 1, 511, 512, 513, 70_000][usize::try_from(random(6)).unwrap()];
                     fs::write(&path, noise(size, number)).unwrap();
                     let mode = [0o644, 0o600, 0o755, 0o444, 0][usize::try_from(random(5)).unwrap()];
                     fs::set_permissions(&path, fs::Permissions::from_mode(mode)).unwrap();
-                    let ahead = std::time::Duration::new(random(1 << 30), u32::try_from(random(1_000_000_000)).unwrap());
-                    File::open(&path).unwrap().set_modified(std::time::UNIX_EPOCH + ahead).unwrap();
+                    let after = std::time::Duration::from_secs(random(1 << 30));
+                    let file = File::open(&path).unwrap();
+                    file.set_modified(std::time::UNIX_EPOCH + after).unwrap();
                 }
             }
         }
-        fs::set_permissions(directories.last().unwrap(), fs::Permissions::from_mode(0o555)).unwrap();
+        fs::set_permissions(
+            directories.last().unwrap(),
+            fs::Permissions::from_mode(0o555),
+        )
+        .unwrap();
+        whole_seconds(&source);
         let compress = format!("--compress={compress}");
         let there = format!("there-{round}");
         world.copy_well([compress.clone(), display(&source), world.place(&there)]);
@@ -186,6 +246,18 @@ fn any_tree_comes_back_as_it_was() {
     }
 }
 
+/// The agent's archives tell no fractions.
+fn whole_seconds(root: &Path) {
+    sh(
+        root,
+        "find . -depth ! -type f -exec touch -hd '2003-04-05 06:07:08' {} +",
+    );
+    sh(
+        root,
+        "find . -depth -type f -newermt 2020-01-01 -exec touch -d '2004-05-06 07:08:09' {} +",
+    );
+}
+
 fn ten_thousand_files() {
     let world = World::start();
     let source = world.host().join("source");
@@ -193,9 +265,14 @@ fn ten_thousand_files() {
         let directory = source.join(directory.to_string());
         fs::create_dir_all(&directory).unwrap();
         for file in 0..100 {
-            fs::write(directory.join(file.to_string()), file.to_string().repeat(30)).unwrap();
+            fs::write(
+                directory.join(file.to_string()),
+                file.to_string().repeat(30),
+            )
+            .unwrap();
         }
     }
+    whole_seconds(&source);
     world.copy_well([display(&source), world.place("there")]);
     let back = world.host().join("back");
     world.copy_well([world.place("there"), display(&back)]);
@@ -244,12 +321,18 @@ fn break_off(world: &World, arguments: [String; 2], arrived: impl Fn() -> u64, s
 }
 
 fn part_bytes(directory: &Path) -> u64 {
-    parts(directory).iter().filter_map(|part| fs::metadata(part).ok()).map(|part| part.len()).sum()
+    parts(directory)
+        .iter()
+        .filter_map(|part| fs::metadata(part).ok())
+        .map(|part| part.len())
+        .sum()
 }
 
 fn resumed(world: &World, arguments: [String; 2]) -> u64 {
     let mut command = world.soulbox();
-    command.args(["--output", "json", "cp", "--user", "root"]).args(arguments);
+    command
+        .args(["--output", "json", "cp", "--user", "root"])
+        .args(arguments);
     let output = command.output().unwrap();
     assert!(output.status.success(), "{output:?}");
     let said: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
@@ -272,7 +355,12 @@ fn a_broken_download_goes_on() {
     assert!(parts(&world.host()).is_empty());
     // Another source: what there is of the old one is not used.
     fs::remove_file(&target).unwrap();
-    break_off(&world, arguments(), || part_bytes(&world.host()), Signal::KILL);
+    break_off(
+        &world,
+        arguments(),
+        || part_bytes(&world.host()),
+        Signal::KILL,
+    );
     let other = noise(LARGE, 12);
     fs::write(world.guest().join("large"), &other).unwrap();
     assert_eq!(resumed(&world, arguments()), 0);
@@ -287,14 +375,28 @@ fn a_broken_upload_goes_on() {
     let target = world.guest().join("large");
     fs::write(&target, "old").unwrap();
     let arguments = || [display(&source), world.place("large")];
-    break_off(&world, arguments(), || part_bytes(&world.guest()), Signal::KILL);
+    break_off(
+        &world,
+        arguments(),
+        || part_bytes(&world.guest()),
+        Signal::KILL,
+    );
     assert_eq!(fs::read(&target).unwrap(), b"old");
     assert!(resumed(&world, arguments()) > 2 << 20);
     assert!(fs::read(&target).unwrap() == data);
     assert!(parts(&world.guest()).is_empty());
     // Anew, where that is asked for.
-    break_off(&world, arguments(), || part_bytes(&world.guest()), Signal::KILL);
-    world.copy_well(["--no-resume".to_owned(), display(&source), world.place("large")]);
+    break_off(
+        &world,
+        arguments(),
+        || part_bytes(&world.guest()),
+        Signal::KILL,
+    );
+    world.copy_well([
+        "--no-resume".to_owned(),
+        display(&source),
+        world.place("large"),
+    ]);
     assert!(fs::read(&target).unwrap() == data);
     assert!(parts(&world.guest()).is_empty());
 }
@@ -306,7 +408,9 @@ fn what_changed_meanwhile_is_begun_anew() {
     fs::write(&source, noise(LARGE, 14)).unwrap();
     let target = world.host().join("large");
     let mut command = world.soulbox();
-    command.args(["cp", "--user", "root", &world.place("large")]).arg(&target);
+    command
+        .args(["cp", "--user", "root", &world.place("large")])
+        .arg(&target);
     let mut child = command.spawn().unwrap();
     until(|| part_bytes(&world.host()) > 2 << 20);
     world.signal_agent(Signal::STOP);
@@ -332,7 +436,9 @@ fn a_full_disk_here_is_told() {
         assert!(said.contains("make room"), "{said}");
     }
     // Half a file is none.
-    let left = fs::read_dir(&small).unwrap().map(|entry| entry.unwrap().file_name());
+    let left = fs::read_dir(&small)
+        .unwrap()
+        .map(|entry| entry.unwrap().file_name());
     assert_eq!(left.collect::<Vec<_>>(), ["tree"]);
     assert_eq!(fs::read_dir(small.join("tree")).unwrap().count(), 0);
 }
@@ -359,7 +465,10 @@ fn a_full_disk_there_is_told() {
 fn what_cannot_be_copied_is_said() {
     let world = World::start();
     sh(&world.guest(), "mkfifo pipe && mkdir dir && echo x >file");
-    sh(&world.host(), "mkfifo pipe && mkdir -p tree && echo x >tree/file && mkfifo tree/pipe && echo x >file");
+    sh(
+        &world.host(),
+        "mkfifo pipe && mkdir -p tree && echo x >tree/file && mkfifo tree/pipe && echo x >file",
+    );
     let here = |name: &str| display(&world.host().join(name));
     let says = |source: String, target: String, what: &str| {
         let output = world.copy([source, target]);
@@ -367,8 +476,16 @@ fn what_cannot_be_copied_is_said() {
         let said = String::from_utf8(output.stderr).unwrap();
         assert!(said.contains(what), "{said}");
     };
-    says(here("file"), here("other"), "one of the two must be SANDBOX:PATH");
-    says(world.place("file"), world.place("other"), "one of the two must be SANDBOX:PATH");
+    says(
+        here("file"),
+        here("other"),
+        "one of the two must be SANDBOX:PATH",
+    );
+    says(
+        world.place("file"),
+        world.place("other"),
+        "one of the two must be SANDBOX:PATH",
+    );
     says(world.place("none"), here("none"), "is not there");
     says(here("none"), world.place("none"), "cannot be read");
     says(world.place("pipe"), here("none"), "is no file or directory");
@@ -384,7 +501,10 @@ fn what_cannot_be_copied_is_said() {
     let output = world.copy([here("tree"), world.place("copied")]);
     assert!(output.status.success());
     let said = String::from_utf8(output.stderr).unwrap();
-    assert!(said.contains("1 devices, pipes or sockets were left out"), "{said}");
+    assert!(
+        said.contains("1 devices, pipes or sockets were left out"),
+        "{said}"
+    );
     assert!(world.guest().join("copied/file").exists());
     assert!(!world.guest().join("copied/pipe").exists());
 }
@@ -393,20 +513,35 @@ fn an_agent_that_dies_ends_it() {
     let mut world = World::start();
     fs::write(world.guest().join("large"), noise(LARGE, 18)).unwrap();
     let mut command = world.soulbox();
-    command.args(["cp", "--user", "root", &world.place("large")]).arg(world.host().join("large"));
+    command
+        .args(["cp", "--user", "root", &world.place("large")])
+        .arg(world.host().join("large"));
     let mut child = command.stderr(Stdio::piped()).spawn().unwrap();
     until(|| part_bytes(&world.host()) > 2 << 20);
     world.kill_agent();
     assert_eq!(wait(&mut child).code(), Some(1));
     assert!(!world.host().join("large").exists());
-    assert_eq!(parts(&world.host()).len(), 1, "what came is worth going on with");
+    assert_eq!(
+        parts(&world.host()).len(),
+        1,
+        "what came is worth going on with"
+    );
 }
 
 fn programs_read_what_was_copied() {
     let world = World::start();
-    sh(&world.host(), "git init -q repo && cd repo && seq 1000 >numbers && git add . && git commit -qm first");
+    sh(
+        &world.host(),
+        "git init -q repo && cd repo && seq 1000 >numbers && git add . && git commit -qm first",
+    );
     world.copy_well([display(&world.host().join("repo")), world.place("repo")]);
-    sh(&world.guest().join("repo"), "git fsck --strict && test -z \"$(git status --porcelain)\"");
+    sh(
+        &world.guest().join("repo"),
+        "git fsck --strict && test -z \"$(git status --porcelain)\"",
+    );
     world.copy_well([world.place("repo"), display(&world.host().join("back"))]);
-    sh(&world.host().join("back"), "git fsck --strict && test -z \"$(git status --porcelain)\"");
+    sh(
+        &world.host().join("back"),
+        "git fsck --strict && test -z \"$(git status --porcelain)\"",
+    );
 }

@@ -20,12 +20,24 @@ use crate::Case;
 use crate::world::{World, sh};
 
 pub const ALL: &[Case] = &[
-    ("hostile::names_and_kinds_that_cannot_be_are_left_out", names_and_kinds_that_cannot_be_are_left_out),
+    (
+        "hostile::names_and_kinds_that_cannot_be_are_left_out",
+        names_and_kinds_that_cannot_be_are_left_out,
+    ),
     ("hostile::sizes_that_lie_end", sizes_that_lie_end),
-    ("hostile::listings_without_end_end", listings_without_end_end),
+    (
+        "hostile::listings_without_end_end",
+        listings_without_end_end,
+    ),
     ("hostile::archives_stay_inside", archives_stay_inside),
-    ("hostile::a_file_that_never_stays_the_same_is_given_up", a_file_that_never_stays_the_same_is_given_up),
-    ("hostile::events_of_anything_are_taken", events_of_anything_are_taken),
+    (
+        "hostile::a_file_that_never_stays_the_same_is_given_up",
+        a_file_that_never_stays_the_same_is_given_up,
+    ),
+    (
+        "hostile::events_of_anything_are_taken",
+        events_of_anything_are_taken,
+    ),
 ];
 
 type Replies<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
@@ -235,7 +247,9 @@ impl FilesystemService for Service {
         let message = |message| WatchResponse {
             message: Some(message),
         };
-        let mut all = vec![message(watch_response::Message::Ready(WatchReady::default()))];
+        let mut all = vec![message(watch_response::Message::Ready(
+            WatchReady::default(),
+        ))];
         for number in 0..2000_i32 {
             let deep = "a/".repeat(usize::try_from(number).unwrap());
             let path = ["../..", "/", "a//b", "", "nul\0", "names", &deep]
@@ -250,7 +264,9 @@ impl FilesystemService for Service {
         all.push(WatchResponse { message: None });
         all.push(message(watch_response::Message::Overflow(WatchOverflow {})));
         let events = tokio_stream::iter(all).map(Ok);
-        Ok(Response::new(Box::pin(events.chain(tokio_stream::pending()))))
+        Ok(Response::new(Box::pin(
+            events.chain(tokio_stream::pending()),
+        )))
     }
 
     type DownloadStream = Replies<DownloadResponse>;
@@ -341,7 +357,12 @@ impl FilesystemService for Service {
             name: Bytes::from_static(name),
             value: Bytes::from(vec![b'x'; 1 << 20]),
         };
-        let xattrs = vec![xattr(b""), xattr(b"user.nul\0"), xattr(b"security.capability"), xattr(b"user.large")];
+        let xattrs = vec![
+            xattr(b""),
+            xattr(b"user.nul\0"),
+            xattr(b"security.capability"),
+            xattr(b"user.large"),
+        ];
         Ok(Response::new(GetXattrsResponse { xattrs }))
     }
 
@@ -374,10 +395,22 @@ fn names_and_kinds_that_cannot_be_are_left_out() {
         .collect();
     names.sort();
     // What comes twice is told twice; programs know that from filesystems that change.
-    let possible: [&[u8]; 8] = [b"as-root", b"escape", b"link", b"odd", b"twice", b"twice", b"zero", b"\xff\xfe"];
+    let possible: [&[u8]; 8] = [
+        b"as-root",
+        b"escape",
+        b"link",
+        b"odd",
+        b"twice",
+        b"twice",
+        b"zero",
+        b"\xff\xfe",
+    ];
     assert_eq!(names, possible);
     // Every one can be looked at, and walked past.
-    sh(mounted.path(), "ls -la names >/dev/null 2>&1 || true; find names/odd names/zero names/twice names/link -ls");
+    sh(
+        mounted.path(),
+        "ls -la names >/dev/null 2>&1 || true; find names/odd names/zero names/twice names/link -ls",
+    );
     assert!(fs::read_link(mounted.join("names/link")).is_err());
     // What is said to be made, without saying what.
     assert!(fs::create_dir(mounted.join("made")).is_err());

@@ -14,25 +14,76 @@ use crate::world::{SmallDisk, World, noise, sh, snapshot, until};
 
 pub const ALL: &[Case] = &[
     ("mount::real_programs_work_in_it", real_programs_work_in_it),
-    ("mount::a_repository_is_kept_in_it", a_repository_is_kept_in_it),
+    (
+        "mount::a_repository_is_kept_in_it",
+        a_repository_is_kept_in_it,
+    ),
     ("mount::a_database_is_kept_in_it", a_database_is_kept_in_it),
-    ("mount::bytes_are_where_they_should_be", bytes_are_where_they_should_be),
-    ("mount::names_and_attributes_are_set", names_and_attributes_are_set),
-    ("mount::extended_attributes_are_kept", extended_attributes_are_kept),
-    ("mount::a_removed_file_lives_while_it_is_open", a_removed_file_lives_while_it_is_open),
-    ("mount::a_large_directory_is_listed_whole", a_large_directory_is_listed_whole),
-    ("mount::what_the_kernel_has_needs_no_guest", what_the_kernel_has_needs_no_guest),
-    ("mount::changes_of_the_guest_are_seen", changes_of_the_guest_are_seen),
-    ("mount::no_race_leaves_old_content", no_race_leaves_old_content),
+    (
+        "mount::bytes_are_where_they_should_be",
+        bytes_are_where_they_should_be,
+    ),
+    (
+        "mount::names_and_attributes_are_set",
+        names_and_attributes_are_set,
+    ),
+    (
+        "mount::extended_attributes_are_kept",
+        extended_attributes_are_kept,
+    ),
+    (
+        "mount::a_removed_file_lives_while_it_is_open",
+        a_removed_file_lives_while_it_is_open,
+    ),
+    (
+        "mount::a_large_directory_is_listed_whole",
+        a_large_directory_is_listed_whole,
+    ),
+    (
+        "mount::what_the_kernel_has_needs_no_guest",
+        what_the_kernel_has_needs_no_guest,
+    ),
+    (
+        "mount::changes_of_the_guest_are_seen",
+        changes_of_the_guest_are_seen,
+    ),
+    (
+        "mount::no_race_leaves_old_content",
+        no_race_leaves_old_content,
+    ),
     ("mount::a_full_disk_is_told", a_full_disk_is_told),
-    ("mount::read_only_refuses_changes", read_only_refuses_changes),
-    ("mount::another_user_is_refused_what_is_not_its", another_user_is_refused_what_is_not_its),
-    ("mount::files_without_a_size_are_read", files_without_a_size_are_read),
-    ("mount::it_goes_when_the_sandbox_goes", it_goes_when_the_sandbox_goes),
-    ("mount::an_agent_that_comes_back_is_used", an_agent_that_comes_back_is_used),
-    ("mount::it_ends_as_it_is_asked_to", it_ends_as_it_is_asked_to),
-    ("mount::a_killed_one_is_cleared_away", a_killed_one_is_cleared_away),
-    ("mount::what_cannot_be_mounted_is_said", what_cannot_be_mounted_is_said),
+    (
+        "mount::read_only_refuses_changes",
+        read_only_refuses_changes,
+    ),
+    (
+        "mount::another_user_is_refused_what_is_not_its",
+        another_user_is_refused_what_is_not_its,
+    ),
+    (
+        "mount::files_without_a_size_are_read",
+        files_without_a_size_are_read,
+    ),
+    (
+        "mount::it_goes_when_the_sandbox_goes",
+        it_goes_when_the_sandbox_goes,
+    ),
+    (
+        "mount::an_agent_that_comes_back_is_used",
+        an_agent_that_comes_back_is_used,
+    ),
+    (
+        "mount::it_ends_as_it_is_asked_to",
+        it_ends_as_it_is_asked_to,
+    ),
+    (
+        "mount::a_killed_one_is_cleared_away",
+        a_killed_one_is_cleared_away,
+    ),
+    (
+        "mount::what_cannot_be_mounted_is_said",
+        what_cannot_be_mounted_is_said,
+    ),
 ];
 
 fn real_programs_work_in_it() {
@@ -89,7 +140,10 @@ fn a_repository_is_kept_in_it() {
          git clone -q . ../clone && test -z \"$(git status --porcelain)\"",
     );
     // Without the mount it is the same repository.
-    let log = sh(&world.guest().join("repo"), "git status --porcelain; git log --oneline | wc -l");
+    let log = sh(
+        &world.guest().join("repo"),
+        "git status --porcelain; git log --oneline | wc -l",
+    );
     assert_eq!(log.trim(), "2");
     sh(&world.guest().join("clone"), "git fsck --strict");
 }
@@ -125,11 +179,21 @@ fn bytes_are_where_they_should_be() {
     assert!(fs::read(&there).unwrap() == expected);
     assert!(fs::read(&here).unwrap() == expected);
     // In no order, through two descriptors, with reads between.
-    let one = OpenOptions::new().read(true).write(true).open(&here).unwrap();
-    let other = OpenOptions::new().read(true).write(true).open(&here).unwrap();
+    let one = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .open(&here)
+        .unwrap();
+    let other = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .open(&here)
+        .unwrap();
     let mut state = 12345_u64;
     for round in 0..200_u64 {
-        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+        state = state
+            .wrapping_mul(6_364_136_223_846_793_005)
+            .wrapping_add(1);
         let length = usize::try_from(state >> 40).unwrap() % 100_000 + 1;
         let offset = usize::try_from(state >> 20).unwrap() % (expected.len() + 1000);
         let data = noise(length, round + 3);
@@ -187,12 +251,32 @@ fn names_and_attributes_are_set() {
     fs::create_dir(here.join("dir")).unwrap();
     fs::write(here.join("one"), "1").unwrap();
     fs::write(here.join("two"), "2").unwrap();
-    let refused = renameat_with(CWD, here.join("one"), CWD, here.join("two"), RenameFlags::NOREPLACE);
+    let refused = renameat_with(
+        CWD,
+        here.join("one"),
+        CWD,
+        here.join("two"),
+        RenameFlags::NOREPLACE,
+    );
     assert_eq!(refused, Err(rustix::io::Errno::EXIST));
-    renameat_with(CWD, here.join("one"), CWD, here.join("two"), RenameFlags::EXCHANGE).unwrap();
+    renameat_with(
+        CWD,
+        here.join("one"),
+        CWD,
+        here.join("two"),
+        RenameFlags::EXCHANGE,
+    )
+    .unwrap();
     assert_eq!(fs::read(here.join("one")).unwrap(), b"2");
     assert_eq!(fs::read(there.join("two")).unwrap(), b"1");
-    renameat_with(CWD, here.join("one"), CWD, here.join("three"), RenameFlags::NOREPLACE).unwrap();
+    renameat_with(
+        CWD,
+        here.join("one"),
+        CWD,
+        here.join("three"),
+        RenameFlags::NOREPLACE,
+    )
+    .unwrap();
     fs::rename(here.join("three"), here.join("two")).unwrap();
     assert_eq!(fs::read(there.join("two")).unwrap(), b"2");
     assert!(!there.join("three").exists());
@@ -210,16 +294,34 @@ fn names_and_attributes_are_set() {
     assert_eq!(error(fs::create_dir(here.join("moved"))), libc::EEXIST);
     assert_eq!(error(fs::remove_dir(here.join("moved"))), libc::ENOTEMPTY);
     assert_eq!(error(fs::remove_file(here.join("none"))), libc::ENOENT);
-    assert_eq!(error(File::open(here.join("two/x")).map(drop)), libc::ENOTDIR);
-    assert_eq!(error(fs::hard_link(here.join("two"), here.join("hard"))), libc::EPERM);
-    assert_eq!(error(fs::write(here.join("x".repeat(256)), "")), libc::ENAMETOOLONG);
+    assert_eq!(
+        error(File::open(here.join("two/x")).map(drop)),
+        libc::ENOTDIR
+    );
+    assert_eq!(
+        error(fs::hard_link(here.join("two"), here.join("hard"))),
+        libc::EPERM
+    );
+    assert_eq!(
+        error(fs::write(here.join("x".repeat(256)), "")),
+        libc::ENAMETOOLONG
+    );
     sh(here, "! mkfifo pipe 2>/dev/null");
 
     symlink("../else/where", here.join("link")).unwrap();
-    assert_eq!(fs::read_link(there.join("link")).unwrap(), Path::new("../else/where"));
-    assert_eq!(fs::read_link(here.join("link")).unwrap(), Path::new("../else/where"));
+    assert_eq!(
+        fs::read_link(there.join("link")).unwrap(),
+        Path::new("../else/where")
+    );
+    assert_eq!(
+        fs::read_link(here.join("link")).unwrap(),
+        Path::new("../else/where")
+    );
 
-    sh(here, "chown 12:34 two && chmod 4751 two && touch -d '1969-12-31T23:59:58Z' two");
+    sh(
+        here,
+        "chown 12:34 two && chmod 4751 two && touch -d '1969-12-31T23:59:58Z' two",
+    );
     for root in [here, &there] {
         let two = fs::metadata(root.join("two")).unwrap();
         assert_eq!(two.permissions().mode() & 0o7777, 0o4751);
@@ -227,8 +329,18 @@ fn names_and_attributes_are_set() {
         assert_eq!((two.mtime(), two.mtime_nsec()), (-2, 0));
     }
     // Made without w for its owner, and written to all the same, as git does.
-    sh(here, "umask 333; echo sealed >sealed; test \"$(stat -c %a sealed)\" = 444");
-    until(|| fs::metadata(there.join("sealed")).unwrap().permissions().mode() & 0o777 == 0o444);
+    sh(
+        here,
+        "umask 333; echo sealed >sealed; test \"$(stat -c %a sealed)\" = 444",
+    );
+    until(|| {
+        fs::metadata(there.join("sealed"))
+            .unwrap()
+            .permissions()
+            .mode()
+            & 0o777
+            == 0o444
+    });
     assert_eq!(fs::read(there.join("sealed")).unwrap(), b"sealed\n");
     // Programs see the numbers that the guest's programs see.
     let inode = |root: &Path| fs::metadata(root.join("moved/open")).unwrap().ino();
@@ -256,15 +368,22 @@ fn extended_attributes_are_kept() {
         assert!(refused.is_err());
         return;
     }
-    assert_eq!(set("user.one", b"", XattrFlags::CREATE), Err(rustix::io::Errno::EXIST));
-    assert_eq!(set("user.two", b"", XattrFlags::REPLACE), Err(rustix::io::Errno::NODATA));
+    assert_eq!(
+        set("user.one", b"", XattrFlags::CREATE),
+        Err(rustix::io::Errno::EXIST)
+    );
+    assert_eq!(
+        set("user.two", b"", XattrFlags::REPLACE),
+        Err(rustix::io::Errno::NODATA)
+    );
     set("user.one", b"second", XattrFlags::REPLACE).unwrap();
     assert_eq!(get("user.one").unwrap(), b"second");
     let mut names = vec![0; 100];
     let length = rustix::fs::listxattr(&file, &mut names[..]).unwrap();
     assert_eq!(&names[..length], b"user.one\0");
     let mut there = vec![0; 100];
-    let length = rustix::fs::getxattr(world.guest().join("file"), "user.one", &mut there[..]).unwrap();
+    let length =
+        rustix::fs::getxattr(world.guest().join("file"), "user.one", &mut there[..]).unwrap();
     assert_eq!(&there[..length], b"second");
     rustix::fs::removexattr(&file, "user.one").unwrap();
     assert_eq!(get("user.one"), Err(rustix::io::Errno::NODATA));
@@ -276,7 +395,11 @@ fn a_removed_file_lives_while_it_is_open() {
     let mounted = world.mount();
     let path = mounted.join("file");
     fs::write(&path, "before").unwrap();
-    let mut file = OpenOptions::new().read(true).write(true).open(&path).unwrap();
+    let mut file = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .open(&path)
+        .unwrap();
     fs::remove_file(&path).unwrap();
     assert!(!path.exists());
     fs::write(&path, "another").unwrap();
@@ -297,7 +420,9 @@ fn a_removed_file_lives_while_it_is_open() {
     // Nothing is left of them in the guest.
     let names = || {
         let entries = fs::read_dir(world.guest()).unwrap();
-        entries.map(|entry| entry.unwrap().file_name()).collect::<Vec<_>>()
+        entries
+            .map(|entry| entry.unwrap().file_name())
+            .collect::<Vec<_>>()
     };
     until(|| names() == ["file"]);
     assert_eq!(fs::read(world.guest().join("file")).unwrap(), b"new");
@@ -320,9 +445,17 @@ fn a_large_directory_is_listed_whole() {
             .collect();
         names.sort();
         assert_eq!(names.len(), FILES);
-        assert!(names.iter().enumerate().all(|(at, name)| *name == format!("{at:05}")));
+        assert!(
+            names
+                .iter()
+                .enumerate()
+                .all(|(at, name)| *name == format!("{at:05}"))
+        );
     }
-    let sizes = sh(mounted.path(), "ls -l large | awk '{ n += $5 } END { print n }'");
+    let sizes = sh(
+        mounted.path(),
+        "ls -l large | awk '{ n += $5 } END { print n }'",
+    );
     assert_eq!(sizes.trim(), FILES.to_string());
     sh(mounted.path(), "rm -r large");
     assert!(!large.exists());
@@ -369,7 +502,10 @@ fn changes_of_the_guest_are_seen() {
     let open = File::open(here("dir/inner/file")).unwrap();
     let mut bytes = [0; 3];
     open.read_exact_at(&mut bytes, 0).unwrap();
-    let writer = OpenOptions::new().write(true).open(guest.join("dir/inner/file")).unwrap();
+    let writer = OpenOptions::new()
+        .write(true)
+        .open(guest.join("dir/inner/file"))
+        .unwrap();
     writer.write_all_at(b"new", 0).unwrap();
     drop(writer);
     until(|| open.read_exact_at(&mut bytes, 0).is_ok() && &bytes == b"new");
@@ -412,7 +548,10 @@ fn changes_of_the_guest_are_seen() {
     let many = guest.join("many");
     fs::create_dir(&many).unwrap();
     until(|| here("many").exists());
-    sh(&guest, "for i in $(seq 300); do for j in 1 2 3; do echo $j >many/$i; done; done");
+    sh(
+        &guest,
+        "for i in $(seq 300); do for j in 1 2 3; do echo $j >many/$i; done; done",
+    );
     until(|| (1..=300).all(|number| read(&format!("many/{number}")).as_deref() == Some("3\n")));
 }
 
@@ -461,7 +600,9 @@ fn no_race_leaves_old_content() {
         let size = last.len() as u64;
         until(|| fs::metadata(mounted.join(name)).unwrap().len() == size);
     }
-    until(|| fs::read_dir(mounted.path()).unwrap().count() == fs::read_dir(&guest).unwrap().count());
+    until(|| {
+        fs::read_dir(mounted.path()).unwrap().count() == fs::read_dir(&guest).unwrap().count()
+    });
 }
 
 fn a_full_disk_is_told() {
@@ -499,7 +640,8 @@ fn read_only_refuses_changes() {
 /// The rights are those of the sandbox's user, whoever asks here.
 fn another_user_is_refused_what_is_not_its() {
     let world = World::start();
-    let open = |path: &Path, mode| fs::set_permissions(path, fs::Permissions::from_mode(mode)).unwrap();
+    let open =
+        |path: &Path, mode| fs::set_permissions(path, fs::Permissions::from_mode(mode)).unwrap();
     open(world.guest().parent().unwrap(), 0o755);
     open(&world.guest(), 0o777);
     fs::write(world.guest().join("secret"), "secret").unwrap();
@@ -514,7 +656,10 @@ fn another_user_is_refused_what_is_not_its() {
     denied(OpenOptions::new().append(true).open(mounted.join("shown")));
     assert_eq!(fs::read(mounted.join("shown")).unwrap(), b"shown");
     fs::write(mounted.join("own"), "own").unwrap();
-    assert_eq!(fs::metadata(world.guest().join("own")).unwrap().uid(), 12345);
+    assert_eq!(
+        fs::metadata(world.guest().join("own")).unwrap().uid(),
+        12345
+    );
     // It may not open it again for writing; it has it open.
     sh(mounted.path(), "umask 333; echo sealed >sealed");
     assert_eq!(fs::read(world.guest().join("sealed")).unwrap(), b"sealed\n");
@@ -525,7 +670,12 @@ fn files_without_a_size_are_read() {
     let directory = world.host().join("proc");
     fs::create_dir(&directory).unwrap();
     let mut command = world.soulbox();
-    command.args(["mount", "--user", "root", &format!("{}:/", crate::world::SANDBOX)]);
+    command.args([
+        "mount",
+        "--user",
+        "root",
+        &format!("{}:/", crate::world::SANDBOX),
+    ]);
     // Of the whole machine, to have /proc in it as another filesystem. Its watch is
     // not waited for.
     let mut child = command.arg(&directory).spawn().unwrap();
@@ -608,7 +758,9 @@ fn what_cannot_be_mounted_is_said() {
     let mounted = world.mount();
     let says = |directory: &Path, place: &str| {
         let mut command = world.soulbox();
-        command.args(["mount", "--user", "root", place]).arg(directory);
+        command
+            .args(["mount", "--user", "root", place])
+            .arg(directory);
         let output = command.output().unwrap();
         assert_eq!(output.status.code(), Some(1));
         String::from_utf8(output.stderr).unwrap()

@@ -125,7 +125,9 @@ impl<R: Read> Archive<R> {
 
     /// Some of the member's data; 0 at its end.
     pub(super) fn read(&mut self, buffer: &mut [u8]) -> Result<usize, ArchiveError> {
-        let most = usize::try_from(self.left).unwrap_or(usize::MAX).min(buffer.len());
+        let most = usize::try_from(self.left)
+            .unwrap_or(usize::MAX)
+            .min(buffer.len());
         if most == 0 {
             return Ok(0);
         }
@@ -154,15 +156,19 @@ impl<R: Read> Archive<R> {
     }
 
     fn fill(&mut self, block: &mut [u8]) -> Result<(), ArchiveError> {
-        self.reader.read_exact(block).map_err(|error| match error.kind() {
-            io::ErrorKind::UnexpectedEof => ArchiveError::CutOff,
-            _ => error.into(),
-        })
+        self.reader
+            .read_exact(block)
+            .map_err(|error| match error.kind() {
+                io::ErrorKind::UnexpectedEof => ArchiveError::CutOff,
+                _ => error.into(),
+            })
     }
 
     fn records(&mut self, size: u64) -> Result<Vec<u8>, ArchiveError> {
         if size > MAX_RECORDS_BYTES {
-            return Err(ArchiveError::Damaged("the records of a member are too long"));
+            return Err(ArchiveError::Damaged(
+                "the records of a member are too long",
+            ));
         }
         self.expect(size);
         let mut text = vec![0; usize::try_from(size).unwrap_or_default()];
@@ -188,7 +194,9 @@ fn member(header: &Header, size: u64, records: Records) -> Result<Member, Archiv
         EntryType::Link => Kind::HardLink,
         _ => Kind::Other,
     };
-    let path = records.path.unwrap_or_else(|| header.path_bytes().into_owned());
+    let path = records
+        .path
+        .unwrap_or_else(|| header.path_bytes().into_owned());
     // Before POSIX a directory was a file with a slash at its end.
     let kind = match kind {
         Kind::File if path.ends_with(b"/") => Kind::Directory,
@@ -223,12 +231,19 @@ impl Records {
     fn read(&mut self, mut text: &[u8]) -> Result<(), ArchiveError> {
         const DAMAGED: ArchiveError = ArchiveError::Damaged("a pax record is none");
         while !text.is_empty() {
-            let space = text.iter().take(8).position(|&byte| byte == b' ').ok_or(DAMAGED)?;
+            let space = text
+                .iter()
+                .take(8)
+                .position(|&byte| byte == b' ')
+                .ok_or(DAMAGED)?;
             let length = number(&text[..space]).ok_or(DAMAGED)?;
             let length = usize::try_from(length).map_err(|_| DAMAGED)?;
             let record = text.get(space + 1..length).ok_or(DAMAGED)?;
             let record = record.strip_suffix(b"\n").ok_or(DAMAGED)?;
-            let equals = record.iter().position(|&byte| byte == b'=').ok_or(DAMAGED)?;
+            let equals = record
+                .iter()
+                .position(|&byte| byte == b'=')
+                .ok_or(DAMAGED)?;
             let (key, value) = (&record[..equals], &record[equals + 1..]);
             match key {
                 b"path" => self.path = Some(value.to_vec()),
@@ -497,7 +512,9 @@ mod tests {
         std::os::unix::fs::symlink("x".repeat(200), folder.path().join("link")).unwrap();
         for format in ["gnu", "pax", "ustar"] {
             let mut tar = std::process::Command::new("tar");
-            tar.arg(format!("--format={format}")).arg("-cC").arg(folder.path());
+            tar.arg(format!("--format={format}"))
+                .arg("-cC")
+                .arg(folder.path());
             // ustar has room for neither.
             let names = match format {
                 "ustar" => vec!["."],
@@ -530,7 +547,14 @@ mod tests {
         assert_eq!(time_text(-2, 500_000_000), "-1.500000000");
         assert_eq!(time(b"1.5"), Some((1, 500_000_000)));
         assert_eq!(time(b"7"), Some((7, 0)));
-        for bad in [&b""[..], b".5", b"-", b"1.x", b"1e3", b"99999999999999999999"] {
+        for bad in [
+            &b""[..],
+            b".5",
+            b"-",
+            b"1.x",
+            b"1e3",
+            b"99999999999999999999",
+        ] {
             assert_eq!(time(bad), None, "{bad:?}");
         }
     }

@@ -170,7 +170,9 @@ async fn fetch(
         return Ok(false);
     }
     let failed = |error| CopyError::write(target, error);
-    part.file.seek(SeekFrom::Start(part.length)).map_err(failed)?;
+    part.file
+        .seek(SeekFrom::Start(part.length))
+        .map_err(failed)?;
     // What tells no size, as /proc does, is read to its end.
     let expected = match entry.size_bytes {
         0 => None,
@@ -287,12 +289,7 @@ async fn to_stdout(plan: &Plan, path: &Bytes) -> Result<Copied, CliError> {
 
 // --- a tree
 
-async fn tree(
-    plan: &Plan,
-    path: Bytes,
-    shown: &str,
-    target: PathBuf,
-) -> Result<Copied, CliError> {
+async fn tree(plan: &Plan, path: Bytes, shown: &str, target: PathBuf) -> Result<Copied, CliError> {
     let request = DownloadRequest {
         path: plan.files.path(path),
         compression: plan.compression().into(),
@@ -311,7 +308,9 @@ async fn tree(
     };
     let unpacking = {
         let progress = progress.clone();
-        tokio::task::spawn_blocking(move || unpack_chunks(queue, compression, &target, keep, &progress))
+        tokio::task::spawn_blocking(move || {
+            unpack_chunks(queue, compression, &target, keep, &progress)
+        })
     };
     let fed = async {
         while let Some(response) = in_time(responses.message()).await? {

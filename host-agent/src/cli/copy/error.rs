@@ -28,7 +28,9 @@ pub(crate) enum CopyError {
     DirectoryOntoFile { path: String },
     #[error("{path} is not there; make it first, or leave the slash at its end out")]
     NoDirectory { path: String },
-    #[error("{path} changed while it was copied, each time; stop what writes to it, or copy a snapshot")]
+    #[error(
+        "{path} changed while it was copied, each time; stop what writes to it, or copy a snapshot"
+    )]
     Changed { path: String },
     #[error("{path} cannot be a file's name; give the file's name after the directory")]
     NoName { path: String },

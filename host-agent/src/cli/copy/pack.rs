@@ -51,9 +51,15 @@ pub(super) fn pack<W: Write>(
         done: Packed::default(),
         buffer: vec![0; CHUNK_BYTES],
     };
-    let mut left = vec![PathBuf::new()];
-    while let Some(directory) = left.pop() {
-        packer.directory(&directory, &mut left)?;
+    // A directory is followed by what is in it: who unpacks that is done with the
+    // directory then, and can give it its mode and time.
+    let mut left = vec![packer.inner(Path::new(""))?];
+    while let Some(inner) = left.last_mut() {
+        match inner.pop() {
+            Some(path) if packer.member(&path)? => left.push(packer.inner(&path)?),
+            Some(_) => {}
+            None => drop(left.pop()),
+        }
     }
     write_end(&mut packer.writer).map_err(PackError::Send)?;
     Ok((packer.done, packer.writer))
@@ -62,53 +68,48 @@ pub(super) fn pack<W: Write>(
 // === impl Packer ===
 
 impl<W: Write> Packer<'_, W> {
-    fn directory(&mut self, path: &Path, left: &mut Vec<PathBuf>) -> Result<(), PackError> {
+    /// What is in a directory.
+    fn inner(&self, path: &Path) -> Result<Vec<PathBuf>, PackError> {
         let full = self.root.join(path);
-        let failed = |source| PackError::Read {
-            path: full.clone(),
-            source,
-        };
-        for entry in std::fs::read_dir(&full).map_err(failed)? {
-            let entry = entry.map_err(failed)?;
-            let found = match entry.metadata() {
-                // Removed meanwhile.
-                Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
-                found => found.map_err(failed)?,
-            };
-            let inner = path.join(entry.file_name());
-            self.member(&inner, &found)?;
-            if found.is_dir() {
-                left.push(inner);
-            }
-        }
-        Ok(())
+        let entries = std::fs::read_dir(&full).and_then(|entries| {
+            entries
+                .map(|entry| Ok(path.join(entry?.file_name())))
+                .collect()
+        });
+        entries.map_err(|source| PackError::Read { path: full, source })
     }
 
-    fn member(&mut self, path: &Path, found: &Metadata) -> Result<(), PackError> {
+    /// True: it is a directory.
+    fn member(&mut self, path: &Path) -> Result<bool, PackError> {
         let full = self.root.join(path);
         let failed = |source| PackError::Read {
             path: full.clone(),
             source,
         };
+        let found = match full.symlink_metadata() {
+            // Removed meanwhile.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
+            found => found.map_err(failed)?,
+        };
         let kind = match found.file_type() {
-            kind if kind.is_file() => return self.file(path, &full),
+            kind if kind.is_file() => return self.file(path, &full).map(|()| false),
             kind if kind.is_dir() => Kind::Directory,
             kind if kind.is_symlink() => Kind::Symlink,
             _ => {
                 self.done.left_out += 1;
-                return Ok(());
+                return Ok(false);
             }
         };
         let target = match kind {
             Kind::Symlink => std::fs::read_link(&full).map_err(failed)?,
             _ => PathBuf::new(),
         };
-        let mut member = described(kind, path, found);
+        let mut member = described(kind, path, &found);
         member.target = target.into_os_string().into_vec();
         write_header(&mut self.writer, &member).map_err(PackError::Send)?;
         self.done.entries += 1;
         self.progress.entry();
-        Ok(())
+        Ok(kind == Kind::Directory)
     }
 
     fn file(&mut self, path: &Path, full: &Path) -> Result<(), PackError> {
@@ -137,7 +138,9 @@ impl<W: Write> Packer<'_, W> {
                 rest.map_err(PackError::Send)?;
                 break;
             }
-            self.writer.write_all(&self.buffer[..count]).map_err(PackError::Send)?;
+            self.writer
+                .write_all(&self.buffer[..count])
+                .map_err(PackError::Send)?;
             left -= count as u64;
         }
         let is_whole = left == 0 && file.read(&mut [0]).map_err(failed)? == 0;

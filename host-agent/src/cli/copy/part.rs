@@ -120,23 +120,36 @@ mod tests {
         assert!(plain.ends_with(b".soulbox-part"));
         let others = [
             Source { size: 11, ..SOURCE },
-            Source { modified: (1, 3), ..SOURCE },
+            Source {
+                modified: (1, 3),
+                ..SOURCE
+            },
             Source { inode: 4, ..SOURCE },
-            Source { device: 5, ..SOURCE },
+            Source {
+                device: 5,
+                ..SOURCE
+            },
         ];
         for other in others {
             assert_ne!(name(b"data.bin", &other), plain, "{other:?}");
         }
         let long = name(&[b'x'; 255], &SOURCE);
         assert_eq!(long.len(), MAX_NAME_BYTES);
-        assert_ne!(long, name(&[b'x'; 254], &SOURCE), "cut, they are told apart");
+        assert_ne!(
+            long,
+            name(&[b'x'; 254], &SOURCE),
+            "cut, they are told apart"
+        );
     }
 
     #[test]
     fn only_what_is_worth_it_stays() {
         let folder = tempfile::tempdir().unwrap();
         let target = folder.path().join("file");
-        let big = Source { size: u64::MAX, ..SOURCE };
+        let big = Source {
+            size: u64::MAX,
+            ..SOURCE
+        };
         let mut part = Part::open(&target, &big, false).unwrap();
         part.length = 5;
         drop(part);

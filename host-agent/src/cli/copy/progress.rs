@@ -58,7 +58,9 @@ impl Progress {
     }
 
     pub(super) fn entry(&self) {
-        let before = self.entries.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+        let before = self
+            .entries
+            .fetch_add(1, std::sync::atomic::Ordering::Relaxed);
         if before.is_multiple_of(100) && !self.bar.is_hidden() {
             self.bar.set_prefix(format!("{} entries", before + 1));
         }

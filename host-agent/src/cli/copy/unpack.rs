@@ -31,7 +31,9 @@ pub(crate) enum UnpackError {
     Archive(#[from] ArchiveErrorShown),
     #[error("{path} cannot be made ({source}){}", hint(source))]
     Make { path: PathBuf, source: io::Error },
-    #[error("the sandbox sent the path {path:?}, which leads out of {target}; nothing of it was made")]
+    #[error(
+        "the sandbox sent the path {path:?}, which leads out of {target}; nothing of it was made"
+    )]
     Outside { path: String, target: PathBuf },
     #[error("the sandbox sent more than {MAX_DIRECTORIES} directories; copy a part of them")]
     TooMany,
@@ -157,9 +159,11 @@ impl Unpacker<'_> {
         if member.path.is_empty() {
             return Ok(());
         }
-        self.at(&member.path, |above, name| match mkdirat(above, name, DIRECTORY_MODE) {
-            Err(Errno::EXIST) => open_directory(above, name).map(drop),
-            made => made,
+        self.at(&member.path, |above, name| {
+            match mkdirat(above, name, DIRECTORY_MODE) {
+                Err(Errno::EXIST) => open_directory(above, name).map(drop),
+                made => made,
+            }
         })
     }
 
@@ -167,7 +171,9 @@ impl Unpacker<'_> {
         let times = times(member);
         let owners = self.owners(member);
         self.at(&member.path, |above, name| {
-            replace(above, name, || symlinkat(member.target.as_slice(), above, name))?;
+            replace(above, name, || {
+                symlinkat(member.target.as_slice(), above, name)
+            })?;
             if let Some((uid, gid)) = owners {
                 chownat(above, name, Some(uid), Some(gid), AtFlags::SYMLINK_NOFOLLOW)?;
             }
@@ -183,7 +189,9 @@ impl Unpacker<'_> {
         // What leads out by a link is refused here, before it has another name.
         openat2(&above, name, flags, Mode::empty(), INSIDE)?;
         self.at(&member.path, |to, to_name| {
-            replace(to, to_name, || linkat(&above, name, to, to_name, AtFlags::empty()))
+            replace(to, to_name, || {
+                linkat(&above, name, to, to_name, AtFlags::empty())
+            })
         })
     }
 
@@ -195,7 +203,9 @@ impl Unpacker<'_> {
         let flags = OFlags::CREATE | OFlags::EXCL | OFlags::WRONLY | OFlags::NOFOLLOW;
         let mode = Mode::RUSR | Mode::WUSR;
         let made = self.at(&member.path, |above, name| {
-            replace(above, name, || openat(above, name, flags | OFlags::CLOEXEC, mode))
+            replace(above, name, || {
+                openat(above, name, flags | OFlags::CLOEXEC, mode)
+            })
         });
         let mut file = File::from(made.map_err(|errno| self.failed(&member.path, errno))?);
         let filled = self.fill(&mut file, archive, member);
@@ -231,7 +241,8 @@ impl Unpacker<'_> {
             }
             file.write_all(&buffer[..count]).map_err(failed)?;
         }
-        self.dress(file, member).map_err(|errno| failed(errno.into()))
+        self.dress(file, member)
+            .map_err(|errno| failed(errno.into()))
     }
 
     /// Owner, mode and times.
@@ -252,7 +263,10 @@ impl Unpacker<'_> {
         }
         // u32::MAX is no id: chown(2) would leave it as it is.
         let id = |id: u64| u32::try_from(id).ok().filter(|&id| id != u32::MAX);
-        Some((Uid::from_raw(id(member.uid)?), Gid::from_raw(id(member.gid)?)))
+        Some((
+            Uid::from_raw(id(member.uid)?),
+            Gid::from_raw(id(member.gid)?),
+        ))
     }
 
     /// Directories last: one that may not be written to can be filled until then, and
@@ -416,7 +430,11 @@ mod tests {
             path: path.as_bytes().to_vec(),
             target: target.as_bytes().to_vec(),
             size: size as u64,
-            mode: if kind == Kind::Directory { 0o755 } else { 0o644 },
+            mode: if kind == Kind::Directory {
+                0o755
+            } else {
+                0o644
+            },
             uid: 12345,
             gid: 12345,
             modified: (1_000_000_000, 5),
@@ -425,7 +443,12 @@ mod tests {
 
     fn try_unpack(members: &[(Member, &[u8])], target: &Path) -> Result<Unpacked, UnpackError> {
         let keep = Keep { owners: false };
-        unpack(archive(members).as_slice(), target, keep, &Progress::silent())
+        unpack(
+            archive(members).as_slice(),
+            target,
+            keep,
+            &Progress::silent(),
+        )
     }
 
     /// A folder with the target in it, and what must stay as it is.
@@ -440,7 +463,10 @@ mod tests {
 
     fn assert_untouched(folder: &Path) {
         assert_eq!(std::fs::read(folder.join("outside")).unwrap(), b"mine");
-        assert_eq!(std::fs::metadata(folder.join("outside")).unwrap().nlink(), 1);
+        assert_eq!(
+            std::fs::metadata(folder.join("outside")).unwrap().nlink(),
+            1
+        );
         let elsewhere = std::fs::read_dir(folder.join("elsewhere")).unwrap();
         assert_eq!(elsewhere.count(), 0);
         assert_eq!(std::fs::read_dir(folder).unwrap().count(), 3);
@@ -536,12 +562,16 @@ mod tests {
         let sealed = std::fs::metadata(target.join("sealed")).unwrap();
         assert_eq!(sealed.permissions().mode() & 0o7777, 0o500);
         assert_eq!(sealed.mtime(), 1_000_000_000);
-        assert_eq!(std::fs::read(target.join("sealed/deep/er/file")).unwrap(), b"hi");
+        assert_eq!(
+            std::fs::read(target.join("sealed/deep/er/file")).unwrap(),
+            b"hi"
+        );
     }
 
     #[test]
     fn paths_are_made_plain_or_refused() {
-        let plain = |path: &str| clean(path.as_bytes()).map(|path| String::from_utf8(path).unwrap());
+        let plain =
+            |path: &str| clean(path.as_bytes()).map(|path| String::from_utf8(path).unwrap());
         assert_eq!(plain("./a//b/./c/").as_deref(), Some("a/b/c"));
         assert_eq!(plain("./").as_deref(), Some(""));
         assert_eq!(plain("..a/b..").as_deref(), Some("..a/b.."));
@@ -596,13 +626,26 @@ mod tests {
         let (_folder, target) = world();
         let mut file = member(Kind::File, "file", "", 0);
         file.mode = 0o4755;
-        let members = [(file, &b""[..]), (member(Kind::Symlink, "link", "x", 0), b"")];
+        let members = [
+            (file, &b""[..]),
+            (member(Kind::Symlink, "link", "x", 0), b""),
+        ];
         let keep = Keep { owners: true };
-        unpack(archive(&members).as_slice(), &target, keep, &Progress::silent()).unwrap();
+        unpack(
+            archive(&members).as_slice(),
+            &target,
+            keep,
+            &Progress::silent(),
+        )
+        .unwrap();
         let owners: BTreeMap<_, _> = ["file", "link"]
             .map(|name| (name, target.join(name).symlink_metadata().unwrap()))
             .into();
-        assert!(owners.values().all(|found| (found.uid(), found.gid()) == (12345, 12345)));
+        assert!(
+            owners
+                .values()
+                .all(|found| (found.uid(), found.gid()) == (12345, 12345))
+        );
         assert_eq!(owners["file"].permissions().mode() & 0o7777, 0o4755);
     }
 }

@@ -221,11 +221,7 @@ async fn send_large(
     }))
 }
 
-async fn from_stdin(
-    plan: &Plan,
-    place: &Place,
-    there: Option<Entry>,
-) -> Result<Copied, CliError> {
+async fn from_stdin(plan: &Plan, place: &Place, there: Option<Entry>) -> Result<Copied, CliError> {
     if there.is_some_and(|there| there.kind() == FileKind::Directory) {
         return Err(CopyError::DirectoryToStdio {
             path: place.to_string(),
@@ -400,9 +396,7 @@ async fn tree(plan: &Plan, source: PathBuf, target: Bytes) -> Result<Copied, Cli
     let progress = Progress::new(&source.display().to_string(), None, plan.quiet);
     let packing = {
         let progress = progress.clone();
-        tokio::task::spawn_blocking(move || {
-            pack_chunks(&source, compression, messages, &progress)
-        })
+        tokio::task::spawn_blocking(move || pack_chunks(&source, compression, messages, &progress))
     };
     let mut client = plan.files.client.clone();
     let said = client.upload(ReceiverStream::new(stream)).await;

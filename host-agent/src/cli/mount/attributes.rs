@@ -83,7 +83,11 @@ impl TryFrom<Option<Entry>> for Attributes {
             accessed: time(entry.access_time),
             modified: time(entry.modify_time),
             changed: time(entry.change_time),
-            target: if is_target { entry.target } else { Bytes::new() },
+            target: if is_target {
+                entry.target
+            } else {
+                Bytes::new()
+            },
         })
     }
 }

@@ -7,30 +7,28 @@ use std::io;
 use std::os::unix::ffi::OsStrExt as _;
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, SystemTime};
+use std::time::SystemTime;
 
 use bytes::Bytes;
 use fuser::{
-    BsdFileFlags, Errno, FileHandle, FileType, Filesystem, FopenFlags, Generation, INodeNo,
-    InitFlags, KernelConfig, LockOwner, OpenAccMode, OpenFlags, RenameFlags, ReplyAttr,
-    ReplyCreate, ReplyData, ReplyDirectory, ReplyDirectoryPlus, ReplyEmpty, ReplyEntry, ReplyOpen,
-    ReplyStatfs, ReplyWrite, ReplyXattr, Request, TimeOrNow, WriteFlags,
+    BsdFileFlags, Errno, FileHandle, FileType, Filesystem, FopenFlags, INodeNo, InitFlags,
+    KernelConfig, LockOwner, OpenAccMode, OpenFlags, RenameFlags, ReplyAttr, ReplyCreate,
+    ReplyData, ReplyDirectory, ReplyDirectoryPlus, ReplyEmpty, ReplyEntry, ReplyOpen, ReplyStatfs,
+    ReplyWrite, ReplyXattr, Request, TimeOrNow, WriteFlags,
 };
 use tokio::runtime::Handle;
 use tokio::sync::oneshot;
 
-use super::attributes::Attributes;
-use super::guest::{Changes, Found, Guest, OpenMode};
+use super::answers::{OWN_ENTRIES, attributes, created, empty, entries, entry, nothing, xattr};
+use super::content::OpenMode;
+use super::guest::{Changes, Guest};
 use super::listing::Reading;
-use super::tree::{Epoch, ROOT, absent};
+use super::tree::ROOT;
 
 /// Of one request of the kernel.
 const MAX_WRITE_BYTES: u32 = 1 << 20;
 /// Reads ahead that may be under way.
 const MAX_BACKGROUND: u16 = 64;
-/// "." and ".." come before what the guest lists.
-const OWN_ENTRIES: u64 = 2;
-const GENERATION: Generation = Generation(0);
 /// Where the guest tells nothing of its disk: room, so that programs try.
 const UNKNOWN_BLOCKS: u64 = 1 << 30;
 const BLOCK_BYTES: u32 = 4096;
@@ -173,12 +171,12 @@ impl Filesystem for Mounted {
             return reply.error(Errno::EPERM);
         }
         let (name, mode) = (bytes(name), mode & !umask);
-        self.answer(async move |guest| {
-            match guest.make_file(parent.0, name, mode, true).await {
+        self.answer(
+            async move |guest| match guest.make_file(parent.0, name, mode, true).await {
                 Ok(found) => entry(&guest, &found, reply),
                 Err(error) => reply.error(error),
-            }
-        });
+            },
+        );
     }
 
     fn mkdir(
@@ -191,12 +189,12 @@ impl Filesystem for Mounted {
         reply: ReplyEntry,
     ) {
         let (name, mode) = (bytes(name), mode & !umask);
-        self.answer(async move |guest| {
-            match guest.make_directory(parent.0, name, mode).await {
+        self.answer(
+            async move |guest| match guest.make_directory(parent.0, name, mode).await {
                 Ok(found) => entry(&guest, &found, reply),
                 Err(error) => reply.error(error),
-            }
-        });
+            },
+        );
     }
 
     fn unlink(&self, _request: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
@@ -218,12 +216,12 @@ impl Filesystem for Mounted {
         reply: ReplyEntry,
     ) {
         let (name, target) = (bytes(name), bytes(target.as_os_str()));
-        self.answer(async move |guest| {
-            match guest.make_symlink(parent.0, name, target).await {
+        self.answer(
+            async move |guest| match guest.make_symlink(parent.0, name, target).await {
                 Ok(found) => entry(&guest, &found, reply),
                 Err(error) => reply.error(error),
-            }
-        });
+            },
+        );
     }
 
     fn rename(
@@ -300,12 +298,12 @@ impl Filesystem for Mounted {
         _owner: Option<LockOwner>,
         reply: ReplyData,
     ) {
-        self.answer(async move |guest| {
-            match guest.read(handle.0, offset, size as usize).await {
+        self.answer(
+            async move |guest| match guest.read(handle.0, offset, size as usize).await {
                 Ok(data) => reply.data(&data),
                 Err(error) => reply.error(error),
-            }
-        });
+            },
+        );
     }
 
     fn write(
@@ -322,12 +320,12 @@ impl Filesystem for Mounted {
     ) {
         let data = Bytes::copy_from_slice(data);
         let size = u32::try_from(data.len()).unwrap_or(u32::MAX);
-        self.answer(async move |guest| {
-            match guest.write(handle.0, offset, data).await {
+        self.answer(
+            async move |guest| match guest.write(handle.0, offset, data).await {
                 Ok(()) => reply.written(size),
                 Err(error) => reply.error(error),
-            }
-        });
+            },
+        );
     }
 
     fn flush(
@@ -523,7 +521,9 @@ impl Filesystem for Mounted {
             let names = guest.xattrs(ino.0).await.map(|xattrs| {
                 let mut names = Vec::new();
                 let shown = |name: &[u8]| {
-                    !name.is_empty() && !name.contains(&0) && !is_of_this_host(OsStr::from_bytes(name))
+                    !name.is_empty()
+                        && !name.contains(&0)
+                        && !is_of_this_host(OsStr::from_bytes(name))
                 };
                 for xattr in xattrs.iter().filter(|xattr| shown(&xattr.name)) {
                     names.extend_from_slice(&xattr.name);
@@ -544,126 +544,6 @@ impl Filesystem for Mounted {
     }
 }
 
-// --- answers. Each is written with the tree locked: what an event says of it comes
-// before, and it is not kept, or after, and it is dropped again.
-
-fn entry(guest: &Guest, found: &Found, reply: ReplyEntry) {
-    let mut tree = guest.tree();
-    match tree.look_up(found.parent, &found.name, &found.attributes) {
-        Some(ino) => {
-            tree.keep_target(ino, &found.attributes.target, found.asked);
-            let ttl = tree.ttl(ino, found.asked);
-            reply.entry(&ttl, &found.attributes.of(ino), GENERATION);
-        }
-        None => reply.error(Errno::ESTALE),
-    }
-}
-
-fn nothing(guest: &Guest, parent: u64, name: &Bytes, asked: Epoch, reply: ReplyEntry) {
-    let mut tree = guest.tree();
-    let (mut ttl, dropped) = tree.look_up_nothing(parent, name, asked);
-    if let Some(dropped) = dropped
-        && !guest.invalidations.try_send(dropped)
-    {
-        ttl = Duration::ZERO;
-    }
-    match ttl.is_zero() {
-        true => reply.error(Errno::ENOENT),
-        false => reply.entry(&ttl, &absent(), GENERATION),
-    }
-}
-
-fn attributes(
-    guest: &Guest,
-    ino: u64,
-    told: Result<(Attributes, Epoch), Errno>,
-    reply: ReplyAttr,
-) {
-    match told {
-        Ok((attributes, asked)) => {
-            let tree = guest.tree();
-            reply.attr(&tree.ttl(ino, asked), &attributes.of(ino));
-        }
-        Err(error) => reply.error(error),
-    }
-}
-
-fn created(guest: &Guest, mut found: Found, mode: u32, opened: OpenMode, reply: ReplyCreate) {
-    let ino = {
-        let mut tree = guest.tree();
-        tree.look_up(found.parent, &found.name, &found.attributes)
-    };
-    let Some(ino) = ino else {
-        return reply.error(Errno::ESTALE);
-    };
-    let number = guest.open_new(ino, mode, opened.appends);
-    guest.show_last_mode(ino, &mut found.attributes);
-    let tree = guest.tree();
-    let ttl = tree.ttl(ino, found.asked);
-    let attributes = found.attributes.of(ino);
-    let flags = FopenFlags::empty();
-    reply.created(&ttl, &attributes, GENERATION, FileHandle(number), flags);
-}
-
-fn entries(
-    guest: &Guest,
-    ino: u64,
-    offset: u64,
-    listed: &[super::tree::Listed],
-    asked: Epoch,
-    mut reply: ReplyDirectoryPlus,
-) {
-    let mut tree = guest.tree();
-    let parent = tree.parent(ino);
-    for (position, (number, name)) in [(ino, "."), (parent, "..")].iter().enumerate() {
-        let next = position as u64 + 1;
-        let mut attributes = absent();
-        attributes.ino = INodeNo(*number);
-        attributes.kind = FileType::Directory;
-        let ttl = Duration::ZERO;
-        if next > offset
-            && reply.add(INodeNo(*number), next, name, &ttl, &attributes, GENERATION)
-        {
-            return reply.ok();
-        }
-    }
-    let first = offset.max(OWN_ENTRIES) + 1;
-    for (next, listed) in (first..).zip(listed) {
-        let Some(number) = tree.look_up(ino, &listed.name, &listed.attributes) else {
-            break;
-        };
-        tree.keep_target(number, &listed.attributes.target, asked);
-        let ttl = tree.ttl(number, asked);
-        let attributes = listed.attributes.of(number);
-        let name = OsStr::from_bytes(&listed.name);
-        if reply.add(INodeNo(number), next, name, &ttl, &attributes, GENERATION) {
-            // There was no room: the kernel has not learnt of it.
-            tree.forget(number, 1);
-            break;
-        }
-    }
-    reply.ok();
-}
-
-fn empty(outcome: Result<(), Errno>, reply: ReplyEmpty) {
-    match outcome {
-        Ok(()) => reply.ok(),
-        Err(error) => reply.error(error),
-    }
-}
-
-/// Its size, where the caller has no room yet.
-fn xattr(found: Result<Bytes, Errno>, room: u32, reply: ReplyXattr) {
-    match found {
-        Ok(value) => match (u32::try_from(value.len()), room) {
-            (Ok(size), 0) => reply.size(size),
-            (Ok(size), room) if size <= room => reply.data(&value),
-            _ => reply.error(Errno::ERANGE),
-        },
-        Err(error) => reply.error(error),
-    }
-}
-
 async fn set_xattr(
     guest: &Guest,
     ino: u64,
@@ -672,7 +552,11 @@ async fn set_xattr(
     flags: i32,
 ) -> Result<(), Errno> {
     if flags != 0 {
-        let there = guest.xattrs(ino).await?.iter().any(|xattr| xattr.name == name);
+        let there = guest
+            .xattrs(ino)
+            .await?
+            .iter()
+            .any(|xattr| xattr.name == name);
         if there && flags & libc::XATTR_CREATE != 0 {
             return Err(Errno::EEXIST);
         }

@@ -1,6 +1,8 @@
 //! `soulbox mount`: files of a sandbox in a directory of the host, through FUSE.
 
+mod answers;
 mod attributes;
+mod content;
 mod errno;
 mod filesystem;
 mod guest;
@@ -77,13 +79,15 @@ pub(super) async fn mount(host: &Host, args: MountArgs) -> Result<u8, CliError> 
         true => SessionACL::All,
         false => SessionACL::Owner,
     };
-    let session = Session::from_fd(mounted, device, acl, Config::default())
-        .and_then(Session::spawn)
-        .map_err(|source| {
-            point.detach();
-            MountError::Session { source }
-        })?;
-    invalidate::run(session.notifier(), queue);
+    let session = device.try_clone().and_then(|again| {
+        let session = Session::from_fd(mounted, device, acl, Config::default())?;
+        Ok((session.spawn()?, again))
+    });
+    let (session, device) = session.map_err(|source| {
+        point.detach();
+        MountError::Session { source }
+    })?;
+    invalidate::run(session.notifier(), device, queue);
     let (state, mut told) = tokio::sync::watch::channel(watch::State::Starting);
     let watching = watch::keep(Arc::clone(&guest), state);
     tokio::pin!(watching);

@@ -73,9 +73,7 @@ impl MountPoint {
     ) -> Result<(Self, OwnedFd), MountError> {
         let path = prepare(directory)?;
         let device = match mount(&path, options) {
-            Err(MountError::Mount { source, .. })
-                if source.raw_os_error() == Some(libc::EPERM) =>
-            {
+            Err(MountError::Mount { source, .. }) if source.raw_os_error() == Some(libc::EPERM) => {
                 ask_helper(&path, options)?
             }
             mounted => mounted?,
@@ -223,7 +221,9 @@ fn receive(socket: &UnixStream) -> io::Result<OwnedFd> {
         RecvAncillaryMessage::ScmRights(mut devices) => devices.next(),
         _ => None,
     });
-    devices.next().ok_or_else(|| io::ErrorKind::UnexpectedEof.into())
+    devices
+        .next()
+        .ok_or_else(|| io::ErrorKind::UnexpectedEof.into())
 }
 
 /// Lazily: what is in use goes when it is no more.
@@ -257,7 +257,9 @@ fn is_ours(path: &Path) -> bool {
 
 fn mounts() -> Vec<Mount> {
     let text = std::fs::read("/proc/self/mountinfo").unwrap_or_default();
-    text.split(|&byte| byte == b'\n').filter_map(parse).collect()
+    text.split(|&byte| byte == b'\n')
+        .filter_map(parse)
+        .collect()
 }
 
 fn parse(line: &[u8]) -> Option<Mount> {
@@ -277,9 +279,9 @@ fn unescape(field: &[u8]) -> PathBuf {
     let mut rest = field;
     while let [first, after @ ..] = rest {
         let code = match rest {
-            [b'\\', digits @ ..] => digits.get(..3).and_then(|digits| {
-                u8::from_str_radix(std::str::from_utf8(digits).ok()?, 8).ok()
-            }),
+            [b'\\', digits @ ..] => digits
+                .get(..3)
+                .and_then(|digits| u8::from_str_radix(std::str::from_utf8(digits).ok()?, 8).ok()),
             _ => None,
         };
         bytes.push(code.unwrap_or(*first));
@@ -294,7 +296,10 @@ fn unescape(field: &[u8]) -> PathBuf {
 /// For messages and mount(8): a source has no line ends.
 pub(super) fn source(place: &str) -> String {
     let shown = |character: char| !character.is_control();
-    place.chars().filter(|&character| shown(character)).collect()
+    place
+        .chars()
+        .filter(|&character| shown(character))
+        .collect()
 }
 
 #[cfg(test)]
@@ -303,7 +308,8 @@ mod tests {
 
     #[test]
     fn mounts_are_read_as_the_kernel_writes_them() {
-        let line = br"36 35 0:52 / /mnt/a\040b\134 rw,nosuid shared:1 - fuse.soulbox sb-1:/ rw,user_id=0";
+        let line =
+            br"36 35 0:52 / /mnt/a\040b\134 rw,nosuid shared:1 - fuse.soulbox sb-1:/ rw,user_id=0";
         let mount = parse(line).unwrap();
         assert_eq!(mount.device, "0:52");
         assert_eq!(mount.path, Path::new(r"/mnt/a b\"));

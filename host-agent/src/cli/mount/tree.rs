@@ -77,8 +77,8 @@ struct Node {
     changed: Epoch,
     /// The guest has let us read it, and nothing of it has changed since.
     readable: bool,
-    /// Of a symbolic link, and when it was asked for.
-    target: Option<(Bytes, Epoch)>,
+    /// What the guest said last, and when that was asked for.
+    told: Option<(Attributes, Epoch)>,
 }
 
 #[derive(Debug, Default)]
@@ -179,19 +179,18 @@ impl Tree {
         }
     }
 
-    /// A link's target. The kernel could keep it too, but drops it for an event alone,
-    /// not for an answer that says otherwise.
-    pub(super) fn keep_target(&mut self, ino: u64, target: &Bytes, asked: Epoch) {
-        if let Some(node) = self.nodes.get_mut(&ino)
-            && node.identity.kind == FileType::Symlink
-        {
-            node.target = Some((target.clone(), asked));
+    /// The kernel asks again when a file or a directory has been read, for its time of
+    /// access. And a link's target it would keep until an event says otherwise, also
+    /// while nobody watches.
+    pub(super) fn keep_attributes(&mut self, ino: u64, told: &Attributes, asked: Epoch) {
+        if let Some(node) = self.nodes.get_mut(&ino) {
+            node.told = Some((told.clone(), asked));
         }
     }
 
-    pub(super) fn target(&self, ino: u64) -> Option<Bytes> {
-        let (target, asked) = self.nodes.get(&ino)?.target.as_ref()?;
-        self.may_keep(ino, *asked).then(|| target.clone())
+    pub(super) fn attributes(&self, ino: u64) -> Option<(Attributes, Epoch)> {
+        let told = self.nodes.get(&ino)?.told.as_ref()?;
+        self.may_keep(ino, told.1).then(|| told.clone())
     }
 
     /// Whether what was asked then is still so, and somebody would say if not.
@@ -233,7 +232,10 @@ impl Tree {
         let mut node = Node::new(Some((parent, name.clone())), identity, foreign, changed);
         node.lookups = 1;
         self.nodes.insert(ino, node);
-        self.nodes.get_mut(&parent)?.children.insert(name.clone(), ino);
+        self.nodes
+            .get_mut(&parent)?
+            .children
+            .insert(name.clone(), ino);
         self.absent.remove(parent, name);
         Some(ino)
     }
@@ -266,7 +268,10 @@ impl Tree {
             return (Duration::ZERO, None);
         }
         let dropped = self.absent.insert(parent, name.clone());
-        (KEPT, dropped.map(|(parent, name)| Stale::Name(parent, name)))
+        (
+            KEPT,
+            dropped.map(|(parent, name)| Stale::Name(parent, name)),
+        )
     }
 
     pub(super) fn forget(&mut self, ino: u64, lookups: u64) {
@@ -420,7 +425,9 @@ impl Tree {
         self.epoch.0 += 1;
         let mut stale = Vec::new();
         let mut at = ROOT;
-        let mut parts = path.split(|&byte| byte == b'/').filter(|part| !part.is_empty());
+        let mut parts = path
+            .split(|&byte| byte == b'/')
+            .filter(|part| !part.is_empty());
         let mut part = parts.next();
         while let Some(name) = part {
             part = parts.next();
@@ -449,7 +456,9 @@ impl Tree {
         while let Some(ino) = left.pop() {
             self.mark(ino);
             stale.push(Stale::Content(ino));
-            let Some(node) = self.nodes.get_mut(&ino) else { continue };
+            let Some(node) = self.nodes.get_mut(&ino) else {
+                continue;
+            };
             node.readable = false;
             if whole_tree {
                 for (name, child) in &node.children {
@@ -473,7 +482,9 @@ impl Tree {
         self.epoch.0 += 1;
         let epoch = self.epoch;
         let absent = self.absent.clear();
-        let mut stale: Vec<_> = absent.map(|(parent, name)| Stale::Name(parent, name)).collect();
+        let mut stale: Vec<_> = absent
+            .map(|(parent, name)| Stale::Name(parent, name))
+            .collect();
         self.listings.clear();
         self.listed = 0;
         // Also what has no name: a program may have it open.
@@ -513,12 +524,7 @@ impl Tree {
 // === impl Node ===
 
 impl Node {
-    fn new(
-        name: Option<(u64, Bytes)>,
-        identity: Identity,
-        foreign: bool,
-        changed: Epoch,
-    ) -> Self {
+    fn new(name: Option<(u64, Bytes)>, identity: Identity, foreign: bool, changed: Epoch) -> Self {
         Self {
             name,
             children: HashMap::new(),
@@ -527,7 +533,7 @@ impl Node {
             foreign,
             changed,
             readable: false,
-            target: None,
+            told: None,
         }
     }
 }
@@ -630,9 +636,14 @@ mod tests {
         // Of a name that is not known yet as well.
         let asked = tree.epoch();
         tree.changed(b"b", false);
-        let ino = tree.look_up(ROOT, &bytes("b"), &told(9, FileType::RegularFile)).unwrap();
+        let ino = tree
+            .look_up(ROOT, &bytes("b"), &told(9, FileType::RegularFile))
+            .unwrap();
         assert_eq!(tree.ttl(ino, asked), Duration::ZERO);
-        assert_eq!(tree.look_up_nothing(ROOT, &bytes("c"), asked).0, Duration::ZERO);
+        assert_eq!(
+            tree.look_up_nothing(ROOT, &bytes("c"), asked).0,
+            Duration::ZERO
+        );
         // And nothing is without a watch.
         let asked = tree.epoch();
         tree.unwatched();
@@ -701,7 +712,9 @@ mod tests {
         let mut at = ROOT;
         let name = Bytes::from(vec![b'x'; 255]);
         for inode in 10..25 {
-            at = tree.look_up(at, &name, &told(inode, FileType::Directory)).unwrap();
+            at = tree
+                .look_up(at, &name, &told(inode, FileType::Directory))
+                .unwrap();
         }
         assert_eq!(tree.path(at).map(|path| path.len()), Some(5 + 15 * 256));
         assert_eq!(tree.child_path(at, &name), None);
@@ -722,7 +735,10 @@ mod tests {
 
     fn steps() -> impl Strategy<Value = Step> {
         let (node, name) = (0..8_usize, 0..4_u8);
-        let event = vec(prop_oneof![Just(b'/'), Just(b'a'), Just(b'b'), Just(b'.')], 0..12);
+        let event = vec(
+            prop_oneof![Just(b'/'), Just(b'a'), Just(b'b'), Just(b'.')],
+            0..12,
+        );
         prop_oneof![
             6 => (node.clone(), name.clone(), entries()).prop_map(|(node, name, mut entry)| {
                 // Few numbers, so that they meet.

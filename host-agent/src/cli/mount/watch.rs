@@ -91,7 +91,9 @@ async fn once(guest: &Guest, state: &watch::Sender<State>) -> Status {
         };
         guest.invalidations.send(stale).await;
         if guest.tree().is_watched() {
-            state.send_if_modified(|state| std::mem::replace(state, State::Watching) != State::Watching);
+            state.send_if_modified(|state| {
+                std::mem::replace(state, State::Watching) != State::Watching
+            });
         }
     }
 }
@@ -140,7 +142,10 @@ mod tests {
         assert_eq!(said(Code::Unavailable, "GUEST_PANIC"), End::Gone);
         assert_eq!(said(Code::NotFound, "SANDBOX_NOT_FOUND"), End::Gone);
         assert_eq!(said(Code::Unavailable, "DRAINING"), End::Lost);
-        assert_eq!(said(Code::ResourceExhausted, "OUT_OF_RESOURCES"), End::Refused);
+        assert_eq!(
+            said(Code::ResourceExhausted, "OUT_OF_RESOURCES"),
+            End::Refused
+        );
         assert_eq!(said(Code::NotFound, "FILE_NOT_FOUND"), End::Refused);
         assert_eq!(judge(&Status::unavailable("broken pipe")), End::Lost);
         assert_eq!(judge(&Status::unimplemented("")), End::Refused);
