@@ -7,7 +7,9 @@ use clap::builder::{PathBufValueParser, TypedValueParser as _};
 use clap::{Parser, Subcommand, ValueEnum, ValueHint};
 
 use super::code::CodeCommand;
+use super::copy::CopyArgs;
 use super::files::FsCommand;
+use super::mount::MountArgs;
 use super::policy::{Additions, Base, NetArgs};
 use super::ports::Mapping;
 use super::processes::{AttachArgs, KillArgs};
@@ -139,6 +141,31 @@ pub(super) enum Command {
         #[arg(value_parser = clap::value_parser!(u16).range(1..))]
         port: u16,
     },
+    /// Copy a file or a directory into a sandbox, or out of one.
+    ///
+    /// One of SRC and DST is SANDBOX:PATH; a path that does not begin with / is below the
+    /// user's home. A path here with a colon is written ./A:B.
+    ///
+    /// A file becomes DST, or a file in it where DST is a directory. A directory becomes
+    /// DST where that is not there, else a directory in it; "DIR/." copies what is in it.
+    /// What is there is replaced, other files in a directory stay. SRC is followed where it
+    /// is a symbolic link; links below it stay links. Modes and times of change are kept,
+    /// owners are not, nor set-user-ID bits. Devices, pipes and sockets are left out.
+    ///
+    /// A file is there whole or not at all. What is broken off of a large one stays beside
+    /// it as .NAME.….soulbox-part, and the same copy goes on with it later, unless the
+    /// source has changed. Ends with 0, and with 1 when something failed or a file changed
+    /// while it was read.
+    #[command(verbatim_doc_comment)]
+    Cp(CopyArgs),
+    /// Show a directory of a sandbox here, until interrupted or the sandbox's end.
+    ///
+    /// Stays in the foreground and says "ready" when it is there. Ctrl-C, SIGTERM and
+    /// `umount DIR` end it with 0; when the sandbox goes it is unmounted and ends with 1.
+    /// What the sandbox changes is seen at once. Symbolic links are shown as they are: an
+    /// absolute target leads to a path of this host. There are no hard links, and locks hold
+    /// on this host only.
+    Mount(MountArgs),
     /// Print sandboxes, then each change and what their networks deny, until
     /// interrupted.
     Watch {

@@ -121,7 +121,7 @@ impl Host {
         Ok(InterceptedService::new(self.channel().await?, named))
     }
 
-    async fn channel(&self) -> Result<Channel, CliError> {
+    pub(super) async fn channel(&self) -> Result<Channel, CliError> {
         let connected = match self {
             Self::Unix(path) => {
                 let path = path.clone();

@@ -6,6 +6,9 @@ use std::path::PathBuf;
 use tonic::Status;
 use tonic_types::StatusExt as _;
 
+use super::copy::CopyError;
+use super::mount::MountError;
+
 #[derive(Debug, thiserror::Error)]
 pub(super) enum CliError {
     #[error(
@@ -54,6 +57,14 @@ pub(super) enum CliError {
         "the policy of sandbox {id} has {field}, which this soulbox does not know; give a whole policy, or use the soulbox of its soulboxd"
     )]
     PolicyUnknown { id: String, field: String },
+    #[error("{text:?} is no sandbox; `soulbox ls` lists them")]
+    NoSandbox { text: String },
+    #[error("the sandbox's agent answers nonsense ({message}); its programs may have changed it")]
+    Nonsense { message: String },
+    #[error(transparent)]
+    Mount(#[from] MountError),
+    #[error(transparent)]
+    Copy(#[from] CopyError),
     #[error("the connection was cut off before the sandbox had said all")]
     NoEnd,
     #[error("the output cannot be written ({0})")]

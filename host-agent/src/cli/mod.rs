@@ -4,12 +4,15 @@ mod args;
 mod code;
 mod commands;
 mod connect;
+mod copy;
 mod deletions;
 mod error;
 mod exec;
 mod files;
+mod mount;
 mod network;
 mod output;
+mod place;
 mod policy;
 mod ports;
 mod processes;
@@ -113,6 +116,8 @@ async fn dispatch(args: Args) -> Result<u8, CliError> {
         },
         Command::Port(args) => ports::port(&host, output, args).await,
         Command::Connect { id, port } => tunnel::connect(&host, id, port).await,
+        Command::Cp(args) => copy::copy(&host, output, args).await,
+        Command::Mount(args) => mount::mount(&host, args).await,
         Command::Watch { labels } => commands::watch(&host, output, labels).await,
         Command::Node => commands::node(&host, output).await,
         Command::Template {

@@ -278,7 +278,11 @@ async fn program(
         // The caller may be gone.
         let _ = events.send(Ok(response)).await;
     };
-    say(exec_response::Event::Started(guest::Started { pid: 1, id: 1 })).await;
+    say(exec_response::Event::Started(guest::Started {
+        pid: 1,
+        id: 1,
+    }))
+    .await;
     let number = argv.get(1).and_then(|arg| arg.parse::<u32>().ok());
     let mut status = exited::Status::Code(0);
     match argv[0].as_str() {
