@@ -415,7 +415,7 @@ fn names_and_kinds_that_cannot_be_are_left_out() {
     // What is said to be made, without saying what.
     assert!(fs::create_dir(mounted.join("made")).is_err());
     // A large attribute is told to be too large, never cut.
-    let mut value = vec![0; 100];
+    let mut value = [0; 100];
     let told = rustix::fs::getxattr(mounted.join("names/zero"), "user.large", &mut value[..]);
     assert_eq!(told, Err(rustix::io::Errno::RANGE));
     let mut names = vec![0; 1000];

@@ -378,10 +378,10 @@ fn extended_attributes_are_kept() {
     );
     set("user.one", b"second", XattrFlags::REPLACE).unwrap();
     assert_eq!(get("user.one").unwrap(), b"second");
-    let mut names = vec![0; 100];
+    let mut names = [0; 100];
     let length = rustix::fs::listxattr(&file, &mut names[..]).unwrap();
     assert_eq!(&names[..length], b"user.one\0");
-    let mut there = vec![0; 100];
+    let mut there = [0; 100];
     let length =
         rustix::fs::getxattr(world.guest().join("file"), "user.one", &mut there[..]).unwrap();
     assert_eq!(&there[..length], b"second");
