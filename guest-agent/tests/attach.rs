@@ -213,7 +213,7 @@ async fn the_list_tells_what_was_started_in_order() {
     let long = "x".repeat(100_000);
     guest.run(spec(&["true", &long, "y"])).await.unwrap();
 
-    let list = guest.list().await;
+    let list = guest.programs().await;
     assert_eq!(list.len(), 3);
     let first = &list[0];
     assert_eq!((first.id, first.pid), (running.id, running.pid));
@@ -252,7 +252,7 @@ async fn the_last_that_ended_are_known_and_little_is_kept_of_them() {
         ids.push(call.id);
         assert_eq!(call.finish().await.unwrap().stdout.len(), 1 << 20);
     }
-    let list = guest.list().await;
+    let list = guest.programs().await;
     let known: Vec<_> = list.iter().map(|entry| entry.id).collect();
     assert_eq!(known, ids[6..]);
     let status = guest.attach(ids[0]).await.map(drop).unwrap_err();

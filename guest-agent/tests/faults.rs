@@ -226,7 +226,7 @@ async fn a_thousand_at_once() {
     }
     let health = guest.health().await;
     assert_eq!(health.running_processes, 0);
-    assert_eq!(guest.list().await.len(), 64);
+    assert_eq!(guest.programs().await.len(), 64);
 }
 
 #[tokio::test]

@@ -153,7 +153,12 @@ async fn a_program_is_found_again_after_a_fork() {
 
     configure(&guest, new_identity()).await.unwrap();
     while output().await <= said {}
-    let known: Vec<_> = guest.list().await.iter().map(|entry| entry.id).collect();
+    let known: Vec<_> = guest
+        .programs()
+        .await
+        .iter()
+        .map(|entry| entry.id)
+        .collect();
     assert_eq!(known, [id, ended_id]);
     let late = guest.attach(ended_id).await.unwrap();
     let late = late.finish().await.unwrap();

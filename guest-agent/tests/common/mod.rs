@@ -250,7 +250,7 @@ impl Guest {
         ProcessServiceClient::new(self.channel.clone())
     }
 
-    pub async fn list(&self) -> Vec<ProcessEntry> {
+    pub async fn programs(&self) -> Vec<ProcessEntry> {
         let mut client = self.processes();
         let list = client.list_processes(ListProcessesRequest {}).await;
         list.unwrap().into_inner().processes
@@ -258,8 +258,8 @@ impl Guest {
 
     /// What is known of one program.
     pub async fn entry(&self, id: u64) -> Option<ProcessEntry> {
-        let list = self.list().await;
-        list.into_iter().find(|entry| entry.id == id)
+        let programs = self.programs().await;
+        programs.into_iter().find(|entry| entry.id == id)
     }
 
     /// Sends a signal by its name; whether it was sent.
