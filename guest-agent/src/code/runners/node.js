@@ -12,13 +12,15 @@
     const RESEED = 1;
     const OK = 1, FAILED = 2, INTERRUPTED = 3;
     const MAX_ERROR_CHARS = 48 * 1024;
+    // How long a write may take to end after an interrupt.
+    const MEND_MS = 200;
     // What a form of a result costs beside its bytes, and a result beside its forms.
     const FORM_BYTES = 16, RESULT_BYTES = 80, MAX_FORMS = 32;
     const OWN = 'soulbox-runner';
     const IMPORT = '__soulbox_import';
 
     // Code may have variables of these names.
-    const { Buffer, console, process } = globalThis;
+    const { Buffer, console, process, setTimeout: later } = globalThis;
     const fs = require('fs');
     const path = require('path');
     const util = require('util');
@@ -406,7 +408,9 @@
             outcome = isInterrupt(error) ? INTERRUPTED : FAILED;
             send(errorMessage(error));
         }
-        await Promise.all([process.stdout, process.stderr].map(written));
+        const streams = [process.stdout, process.stderr];
+        if (outcome === INTERRUPTED) await Promise.all(streams.map(mended));
+        await Promise.all(streams.map(written));
         state.runs = false;
         state.interrupt = null;
         send(finished(outcome));
@@ -419,6 +423,20 @@
             stream.write('', done);
             stream.once('close', done);
         });
+    }
+
+    // An interrupt in the middle of a write leaves a stream that waits for its end for
+    // ever, and with it all that is written later. What is only slow has its time.
+    async function mended(stream) {
+        const over = new Promise((done) => { later(done, MEND_MS); });
+        await Promise.race([written(stream), over]);
+        const state = stream._writableState;
+        if (!stream.writableLength || !state?.writing) return;
+        Object.assign(state, {
+            writing: false, sync: false, bufferProcessing: false,
+            length: state.length - state.writelen, writelen: 0, writecb: null,
+        });
+        stream.write('');
     }
 
     // --- TypeScript ---
