@@ -6,8 +6,8 @@ use std::time::Duration;
 
 use bytes::{Buf as _, Bytes};
 use rustix::io::{Errno, fcntl_dupfd_cloexec};
-use soulbox_proto::guest::v1::ProcessSpec;
 use soulbox_proto::guest::v1::run_code_response::Event;
+use soulbox_proto::guest::v1::{Language, ProcessSpec};
 use tokio::io::AsyncWriteExt as _;
 use tokio::net::UnixStream;
 use tokio::net::unix::OwnedWriteHalf;
@@ -230,6 +230,13 @@ impl Interpreter {
 
     pub(super) fn interrupt(&self) {
         self.process.control.signal(libc::SIGINT);
+    }
+
+    /// Node takes SIGINT for itself while it runs a piece until its first `await`, and
+    /// forgets one that comes just then.
+    pub(super) fn misses_interrupts(&self) -> bool {
+        let language = self.runner.language;
+        matches!(language, Language::Javascript | Language::Typescript)
     }
 
     /// Kills it with all that it started.

@@ -24,6 +24,11 @@ pub(super) type Responses = mpsc::Sender<Result<RunCodeResponse, Status>>;
 /// interpreter to end after it has closed its channel or was killed.
 const GRACE: Duration = Duration::from_secs(2);
 
+/// How often and how soon an interpreter that may have missed an interrupt is
+/// interrupted again.
+const REMINDERS: u32 = 10;
+const REMIND_AFTER: Duration = Duration::from_millis(200);
+
 /// Of what code says once it was interrupted, the most that waits for a caller who
 /// does not read: pieces of output with 64 KiB each, and all messages.
 const MAX_HURRIED_OUTPUT: usize = 16;
@@ -44,6 +49,8 @@ pub(super) struct Run<'a> {
     dropped_bytes: u64,
     alarm: Alarm,
     timed_out: bool,
+    /// How often it is still to be interrupted again.
+    reminders: u32,
     /// It was interrupted: what it says from now on waits for no caller, or one who
     /// does not read would keep it from ending.
     hurries: bool,
@@ -92,6 +99,7 @@ impl<'a> Run<'a> {
             dropped_bytes: 0,
             alarm: spec.timeout.map_or(Alarm::None, |_| Alarm::TimeOut),
             timed_out: false,
+            reminders: 0,
             hurries: false,
             is_broken: false,
         }
@@ -120,9 +128,10 @@ impl<'a> Run<'a> {
         let responses = self.responses;
         let started = Instant::now();
         let mut sleep = pin!(tokio::time::sleep(self.spec.timeout.unwrap_or_default()));
+        let mut remind = pin!(tokio::time::sleep(REMIND_AFTER));
         let mut stopping = false;
         let end = loop {
-            let (alarm, listen) = (self.alarm, self.listen());
+            let (alarm, listen, reminders) = (self.alarm, self.listen(), self.reminders);
             tokio::select! {
                 permit = responses.reserve(), if !self.waiting.is_empty() => {
                     match (permit, self.waiting.pop_front()) {
@@ -146,6 +155,10 @@ impl<'a> Run<'a> {
                     Alarm::Kill => self.kill(),
                     Alarm::GiveUp => break End::Gone(None),
                 },
+                () = &mut remind, if reminders > 0 => {
+                    self.reminders -= 1;
+                    self.interpreter.interrupt();
+                }
                 Some(order) = orders.recv() => match order {
                     Order::Interrupt(reply) => {
                         self.interrupt();
@@ -163,6 +176,10 @@ impl<'a> Run<'a> {
             }
             if self.alarm != alarm {
                 sleep.as_mut().reset(tokio::time::Instant::now() + GRACE);
+            }
+            if self.reminders != reminders {
+                let next = tokio::time::Instant::now() + REMIND_AFTER;
+                remind.as_mut().reset(next);
             }
         };
         let finished = self.finished(end, started.elapsed());
@@ -280,6 +297,9 @@ impl<'a> Run<'a> {
     fn interrupt(&mut self) {
         self.interpreter.interrupt();
         self.hurries = true;
+        if self.interpreter.misses_interrupts() {
+            self.reminders = REMINDERS;
+        }
     }
 
     fn kill(&mut self) {

@@ -12,15 +12,13 @@
     const RESEED = 1;
     const OK = 1, FAILED = 2, INTERRUPTED = 3;
     const MAX_ERROR_CHARS = 48 * 1024;
-    // How long a write may take to end after an interrupt.
-    const MEND_MS = 200;
     // What a form of a result costs beside its bytes, and a result beside its forms.
     const FORM_BYTES = 16, RESULT_BYTES = 80, MAX_FORMS = 32;
     const OWN = 'soulbox-runner';
     const IMPORT = '__soulbox_import';
 
     // Code may have variables of these names.
-    const { Buffer, console, process, setTimeout: later } = globalThis;
+    const { Atomics, Buffer, Int32Array, SharedArrayBuffer, Uint8Array, console, process } = globalThis;
     const fs = require('fs');
     const path = require('path');
     const util = require('util');
@@ -408,35 +406,31 @@
             outcome = isInterrupt(error) ? INTERRUPTED : FAILED;
             send(errorMessage(error));
         }
-        const streams = [process.stdout, process.stderr];
-        if (outcome === INTERRUPTED) await Promise.all(streams.map(mended));
-        await Promise.all(streams.map(written));
         state.runs = false;
         state.interrupt = null;
         send(finished(outcome));
     }
 
-    // Until the agent has what was written: Node may keep it.
-    function written(stream) {
-        if (!stream.writableLength || stream.destroyed || stream.writableEnded) return undefined;
-        return new Promise((done) => {
-            stream.write('', done);
-            stream.once('close', done);
-        });
-    }
-
-    // An interrupt in the middle of a write leaves a stream that waits for its end for
-    // ever, and with it all that is written later. What is only slow has its time.
-    async function mended(stream) {
-        const over = new Promise((done) => { later(done, MEND_MS); });
-        await Promise.race([written(stream), over]);
-        const state = stream._writableState;
-        if (!stream.writableLength || !state?.writing) return;
-        Object.assign(state, {
-            writing: false, sync: false, bufferProcessing: false,
-            length: state.length - state.writelen, writelen: 0, writecb: null,
-        });
-        stream.write('');
+    // Straight to the pipe: an interrupt in the middle of what Node's streams do about a
+    // write would leave them waiting for its end for ever, and all later output with it.
+    const pause = new Int32Array(new SharedArrayBuffer(4));
+    for (const stream of [process.stdout, process.stderr]) {
+        const fd = stream.fd;
+        stream.write = (chunk, encoding, done) => {
+            if (typeof encoding === 'function') [encoding, done] = [undefined, encoding];
+            const bytes = typeof chunk === 'string' ? Buffer.from(chunk, encoding) : chunk;
+            if (!(bytes instanceof Uint8Array)) throw new TypeError('what is written must be a string or bytes');
+            for (let at = 0; at < bytes.length;) {
+                try {
+                    at += fs.writeSync(fd, bytes, at);
+                } catch (error) {
+                    if (error.code !== 'EAGAIN') break;
+                    Atomics.wait(pause, 0, 0, 1);
+                }
+            }
+            if (done) process.nextTick(done);
+            return true;
+        };
     }
 
     // --- TypeScript ---
