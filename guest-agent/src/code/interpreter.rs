@@ -233,10 +233,10 @@ impl Interpreter {
     }
 
     /// Node takes SIGINT for itself while it runs a piece until its first `await`, and
-    /// forgets one that comes just then.
+    /// forgets one that comes just then; Bash waits for a program that it was about to
+    /// start when it came. Python has it raise an exception, and should do so once.
     pub(super) fn misses_interrupts(&self) -> bool {
-        let language = self.runner.language;
-        matches!(language, Language::Javascript | Language::Typescript)
+        self.runner.language != Language::Python
     }
 
     /// Kills it with all that it started.
