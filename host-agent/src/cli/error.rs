@@ -57,8 +57,6 @@ pub(super) enum CliError {
         "the policy of sandbox {id} has {field}, which this soulbox does not know; give a whole policy, or use the soulbox of its soulboxd"
     )]
     PolicyUnknown { id: String, field: String },
-    #[error("{text:?} is no sandbox; `soulbox ls` lists them")]
-    NoSandbox { text: String },
     #[error("the sandbox's agent answers nonsense ({message}); its programs may have changed it")]
     Nonsense { message: String },
     #[error(transparent)]

@@ -9,14 +9,10 @@ use std::time::Duration;
 
 use soulbox_proto::guest::v1::FilePath;
 use soulbox_proto::guest::v1::filesystem_service_client::FilesystemServiceClient;
-use tonic::metadata::{Ascii, MetadataValue};
-use tonic::service::Interceptor;
-use tonic::service::interceptor::InterceptedService;
-use tonic::transport::Channel;
-use tonic::{Request, Response, Status};
+use tonic::{Response, Status};
 
-/// The metadata key by which soulboxd knows whose agent a call is for.
-const SANDBOX_KEY: &str = "soulbox-sandbox";
+use super::connect::Guest;
+
 /// A page of a listing, with links of 4 KiB each.
 const MAX_REPLY_BYTES: usize = 64 << 20;
 /// A call that has been answered by nobody for so long will not be.
@@ -38,16 +34,10 @@ pub(super) enum Location {
     Stdio,
 }
 
-pub(super) type Sandboxed = InterceptedService<Channel, ForSandbox>;
-
-/// Names the sandbox in every call.
-#[derive(Debug, Clone)]
-pub(super) struct ForSandbox(MetadataValue<Ascii>);
-
 /// The file service of one sandbox, as one of its users.
 #[derive(Debug, Clone)]
 pub(super) struct Files {
-    pub(super) client: FilesystemServiceClient<Sandboxed>,
+    pub(super) client: FilesystemServiceClient<Guest>,
     user: String,
 }
 
@@ -98,30 +88,12 @@ impl Location {
     }
 }
 
-// === impl ForSandbox ===
-
-impl Interceptor for ForSandbox {
-    fn call(&mut self, mut request: Request<()>) -> Result<Request<()>, Status> {
-        request.metadata_mut().insert(SANDBOX_KEY, self.0.clone());
-        Ok(request)
-    }
-}
-
-impl ForSandbox {
-    /// None: no sandbox can be called that.
-    pub(super) fn named(sandbox: &str) -> Option<Self> {
-        MetadataValue::try_from(sandbox).ok().map(Self)
-    }
-}
-
 // === impl Files ===
 
 impl Files {
-    pub(super) fn of(channel: Channel, sandbox: ForSandbox, user: &str) -> Self {
-        let client = FilesystemServiceClient::with_interceptor(channel, sandbox)
-            .max_decoding_message_size(MAX_REPLY_BYTES);
+    pub(super) fn of(client: FilesystemServiceClient<Guest>, user: &str) -> Self {
         Self {
-            client,
+            client: client.max_decoding_message_size(MAX_REPLY_BYTES),
             user: user.to_owned(),
         }
     }

@@ -24,7 +24,7 @@ use super::args::Output;
 use super::connect::Host;
 use super::error::CliError;
 use super::output;
-use super::place::{Files, ForSandbox, Location, Place};
+use super::place::{Files, Location, Place};
 use super::signals::Signals;
 
 #[derive(Debug, clap::Args)]
@@ -139,11 +139,8 @@ async fn plan(
     format: Output,
     place: &Place,
 ) -> Result<Plan, CliError> {
-    let sandbox = ForSandbox::named(&place.sandbox).ok_or_else(|| CliError::NoSandbox {
-        text: place.sandbox.clone(),
-    })?;
     Ok(Plan {
-        files: Files::of(host.channel().await?, sandbox, &args.user),
+        files: Files::of(host.files(&place.sandbox).await?, &args.user),
         archive: args.archive,
         anew: args.no_resume,
         compress: match args.compress {

@@ -20,7 +20,8 @@ use super::handles::{Handles, OpenFile, touch};
 use super::invalidate::Invalidations;
 use super::listing::Part;
 use super::tree::{Epoch, Tree};
-use crate::cli::place::{Files, Sandboxed, answer};
+use crate::cli::connect;
+use crate::cli::place::{Files, answer};
 
 /// Its owner may write.
 pub(super) const OWNER_WRITES: u32 = 0o200;
@@ -34,7 +35,7 @@ pub(super) struct Guest {
     /// On a connection of its own: events that wait for the kernel to drop something
     /// must not hold up the answer that the kernel waits for.
     pub(super) watched: Files,
-    metrics: MetricsServiceClient<Sandboxed>,
+    metrics: MetricsServiceClient<connect::Guest>,
     pub(super) base: Bytes,
     tree: Mutex<Tree>,
     pub(super) handles: Handles,
@@ -72,7 +73,7 @@ pub(super) struct Changes {
 impl Guest {
     pub(super) fn new(
         [files, watched]: [Files; 2],
-        metrics: MetricsServiceClient<Sandboxed>,
+        metrics: MetricsServiceClient<connect::Guest>,
         base: Bytes,
         root: &Attributes,
         invalidations: Invalidations,

@@ -21,7 +21,6 @@ use bytes::Bytes;
 use clap::builder::{OsStringValueParser, TypedValueParser as _};
 use fuser::{Config, FileType, Session, SessionACL};
 use soulbox_proto::guest::v1::StatRequest;
-use soulbox_proto::guest::v1::metrics_service_client::MetricsServiceClient;
 use tokio::time::MissedTickBehavior;
 
 use self::attributes::Attributes;
@@ -32,7 +31,7 @@ pub(super) use self::point::MountError;
 use self::point::{MountPoint, Options};
 use super::connect::Host;
 use super::error::CliError;
-use super::place::{Files, ForSandbox, Place, answer};
+use super::place::{Files, Place, answer};
 use super::signals::Signals;
 
 /// How long the first watch may take before the mount is used without.
@@ -125,14 +124,10 @@ type Queue = tokio::sync::mpsc::Receiver<Vec<tree::Stale>>;
 /// The directory in the guest.
 async fn open(host: &Host, args: &MountArgs) -> Result<(Arc<Guest>, Queue), CliError> {
     let place = &args.place;
-    let sandbox = ForSandbox::named(&place.sandbox).ok_or_else(|| CliError::NoSandbox {
-        text: place.sandbox.clone(),
-    })?;
-    let channel = host.channel().await?;
-    let metrics = MetricsServiceClient::with_interceptor(channel.clone(), sandbox.clone());
-    let watching = host.channel().await?;
-    let watched = Files::of(watching, sandbox.clone(), &args.user);
-    let files = Files::of(channel, sandbox, &args.user);
+    let metrics = host.metrics(&place.sandbox).await?;
+    // On a connection of its own, which no unread file holds up.
+    let watched = Files::of(host.files(&place.sandbox).await?, &args.user);
+    let files = Files::of(host.files(&place.sandbox).await?, &args.user);
     let base = Bytes::from(place.path.clone());
     let request = StatRequest {
         path: files.path(base.clone()),
