@@ -30,7 +30,7 @@ demo: images ## Run real Python and Node in a sandbox, with exit codes and timin
 	    --file "$$(realpath $(cache)/templates/current)" -- images/demo $(target)
 
 test: lint images ## All checks and all tests; what CI runs
-	images/setup bench
+	images/setup bench test
 	cargo test --release --workspace
 
 lint: ## Formatting, clippy and shellcheck

@@ -132,7 +132,7 @@ async fn a_caller_who_sends_what_cannot_be_is_refused_alone() {
 
 #[tokio::test]
 async fn what_nobody_reads_is_dropped_and_counted() {
-    const BYTES: u64 = 1024 * MIB;
+    const BYTES: u64 = 10 * 1024 * MIB;
     let guest = Guest::start().await;
     guest.sh("true").await;
     let line = format!("head -c {BYTES} /dev/zero; printf end");

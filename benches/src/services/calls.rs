@@ -48,7 +48,7 @@ pub(super) async fn measure(guest: &mut Guest, runs: u32, report: &mut Report) -
 
 impl Samples {
     async fn block(&mut self, guest: &mut Guest) -> Result<()> {
-        if let Some(raw) = &mut guest.raw {
+        if let Some(raw) = &guest.raw {
             for _ in 0..BLOCK {
                 self.round_trip.push(ms(raw.round_trip()?));
             }

@@ -5,6 +5,7 @@
 //! (`soulbox-guest --serve-unix`), which shows the agent alone and keeps no promises.
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use anyhow::{Context, Result};
 use clap::ValueEnum;
@@ -74,7 +75,7 @@ enum Part {
 struct Guest {
     agent: Agent,
     /// None: nothing is known of the way past the agent.
-    raw: Option<Raw>,
+    raw: Option<Arc<Raw>>,
     command_line: Option<CommandLine>,
     /// The agent's, where programs of the guest see it.
     pid: u32,
@@ -113,7 +114,7 @@ async fn in_sandbox(options: &Options) -> Result<Report> {
     let raw = match daemon.run_dir().or(options.run_dir.clone()) {
         Some(run_dir) => {
             let socket = run_dir.join("vm").join(&id).join("vsock.sock");
-            Some(Raw::start(&mut agent, Way::Vsock(socket)).await?)
+            Some(Arc::new(Raw::start(&mut agent, Way::Vsock(socket)).await?))
         }
         None => {
             let what = "all floors and the promises beside them: give --run-dir of the soulboxd";
@@ -146,7 +147,7 @@ async fn on_this_host(options: &Options, socket: &Path) -> Result<Report> {
     let folder = options.scratch.folder()?;
     let way = Way::Unix(folder.path().join("helper.sock"));
     let guest = Guest {
-        raw: Some(Raw::start(&mut agent, way).await?),
+        raw: Some(Arc::new(Raw::start(&mut agent, way).await?)),
         agent,
         command_line: CommandLine::find(options.soulbox.clone(), socket, NO_SANDBOX),
         pid: pid.as_raw_nonzero().get().try_into()?,
@@ -156,6 +157,12 @@ async fn on_this_host(options: &Options, socket: &Path) -> Result<Report> {
     // They are of guests.
     report.promises.clear();
     Ok(report)
+}
+
+/// What takes long and waits, on a thread of its own: the connection to soulboxd has to
+/// answer its pings meanwhile.
+async fn aside<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
+    tokio::task::spawn_blocking(work).await?
 }
 
 // === impl Folders ===

@@ -3,7 +3,7 @@
 use std::fs::File;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
@@ -11,8 +11,7 @@ use rustix::mount::{UnmountFlags, unmount};
 use rustix::process::{Pid, Signal, kill_process};
 use tempfile::TempDir;
 
-use super::Guest;
-use super::command_line::CommandLine;
+use super::{Guest, aside};
 use crate::report::{Promise, Report, Row};
 use crate::scratch::Scratch;
 
@@ -51,16 +50,23 @@ pub(super) async fn measure(
     let argv = ["sh", "-c", MAKE_FILES, "sh", &there, &FILES.to_string()];
     guest.agent.run(&argv).await?;
 
-    let mounted = Mounted::start(command_line, &there, scratch)?;
-    let paths: Vec<PathBuf> = (1..=FILES)
-        .map(|number| mounted.point().join(format!("file-{number}")))
-        .collect();
-    let first = stat_all(&paths)?;
-    let mut cached = Vec::new();
-    for _ in 0..PASSES {
-        cached.extend(stat_all(&paths)?);
-    }
-    mounted.end()?;
+    let command = command_line.command("mount");
+    let place = command_line.place(&there);
+    let folder = scratch.folder()?;
+    let (first, cached) = aside(move || {
+        let mounted = Mounted::start(command, &place, folder)?;
+        let paths: Vec<PathBuf> = (1..=FILES)
+            .map(|number| mounted.point().join(format!("file-{number}")))
+            .collect();
+        let first = stat_all(&paths)?;
+        let mut cached = Vec::new();
+        for _ in 0..PASSES {
+            cached.extend(stat_all(&paths)?);
+        }
+        mounted.end()?;
+        Ok((first, cached))
+    })
+    .await?;
 
     let first = Row::new(
         "stat through the mount, of a file for the first time",
@@ -90,13 +96,11 @@ fn stat_all(paths: &[PathBuf]) -> Result<Vec<f64>> {
 // === impl Mounted ===
 
 impl Mounted {
-    fn start(command_line: &CommandLine, there: &str, scratch: &Scratch) -> Result<Self> {
-        let folder = scratch.folder()?;
+    fn start(mut command: Command, place: &str, folder: TempDir) -> Result<Self> {
         let (point, log) = (folder.path().join("mount"), folder.path().join("log"));
         std::fs::create_dir(&point)?;
-        let child = command_line
-            .command("mount")
-            .arg(command_line.place(there))
+        let child = command
+            .arg(place)
             .arg(&point)
             .stdin(Stdio::null())
             .stderr(File::create(&log)?)

@@ -109,13 +109,12 @@ impl Raw {
     }
 
     /// One byte, there and back.
-    pub(super) fn round_trip(&mut self) -> Result<Duration> {
+    pub(super) fn round_trip(&self) -> Result<Duration> {
         let mut byte = [0];
+        let mut echo = &self.echo;
         let start = Instant::now();
-        self.echo.write_all(&byte)?;
-        self.echo
-            .read_exact(&mut byte)
-            .context("waiting for an echo")?;
+        echo.write_all(&byte)?;
+        echo.read_exact(&mut byte).context("waiting for an echo")?;
         Ok(start.elapsed())
     }
 

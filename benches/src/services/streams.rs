@@ -1,6 +1,7 @@
 //! One large file there and back, beside as many bytes without a file and without the
 //! agent.
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
@@ -10,7 +11,7 @@ use soulbox_proto::guest::v1::{
     write_request,
 };
 
-use super::Guest;
+use super::{Guest, aside};
 use crate::agent::Agent;
 use crate::report::{Promise, Report, Row, progress};
 
@@ -57,14 +58,18 @@ async fn round(guest: &mut Guest, put: &mut Rates, got: &mut Rates) -> Result<()
     let memory = format!("{}/stream", folders.memory);
     let disk = format!("{}/stream", folders.disk);
     if let Some(raw) = raw {
-        put.raw.push(rate(raw.put(SIZE_BYTES)?));
+        let raw = Arc::clone(raw);
+        put.raw
+            .push(rate(aside(move || raw.put(SIZE_BYTES)).await?));
     }
     put.memory.push(rate(write(agent, &memory).await?));
     put.disk.push(rate(write(agent, &disk).await?));
     // Or what follows would share the guest with its writing back.
     agent.run(&["sync"]).await?;
     if let Some(raw) = raw {
-        got.raw.push(rate(raw.get(SIZE_BYTES)?));
+        let raw = Arc::clone(raw);
+        got.raw
+            .push(rate(aside(move || raw.get(SIZE_BYTES)).await?));
     }
     got.memory.push(rate(read(agent, &memory).await?));
     got.disk.push(rate(read(agent, &disk).await?));

@@ -1,6 +1,7 @@
 //! Many small files there and back, beside tar at both ends of a raw stream.
 
 use std::path::Path;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
@@ -13,9 +14,9 @@ use tokio::process::Command;
 use tokio_stream::StreamExt as _;
 use tokio_util::io::ReaderStream;
 
-use super::Guest;
 use super::command_line::CommandLine;
 use super::raw::{pack_command, unpack_command};
+use super::{Guest, aside};
 use crate::agent::Agent;
 use crate::report::{Promise, Report, Row, ms, progress};
 use crate::scratch::Scratch;
@@ -84,18 +85,22 @@ async fn round(
         ..
     } = guest;
     if let Some(raw) = raw {
-        up.raw.push(ms(raw.unpack(tree, &raw_tree)?));
+        let (raw, from, to) = (Arc::clone(raw), tree.to_owned(), raw_tree.clone());
+        up.raw
+            .push(ms(aside(move || raw.unpack(&from, &to)).await?));
     }
     up.call.push(ms(upload(agent, tree, &call_tree).await?));
     if let Some(cli) = command_line {
         let there = cli.place(&copy_tree);
-        up.copy.push(ms(copy(cli, tree, &there)?));
+        up.copy.push(ms(copy(cli, tree, &there).await?));
     }
 
     let here = scratch.join("here");
     if let Some(raw) = raw {
         std::fs::create_dir(&here)?;
-        down.raw.push(ms(raw.pack(&raw_tree, &here)?));
+        let (raw, from, to) = (Arc::clone(raw), raw_tree.clone(), here.clone());
+        down.raw
+            .push(ms(aside(move || raw.pack(&from, &to)).await?));
         take_away(&here)?;
     }
     std::fs::create_dir(&here)?;
@@ -104,7 +109,7 @@ async fn round(
     take_away(&here)?;
     if let Some(cli) = command_line {
         let there = cli.place(&copy_tree);
-        down.copy.push(ms(copy(cli, &there, &here)?));
+        down.copy.push(ms(copy(cli, &there, &here).await?));
         take_away(&here)?;
     }
     agent
@@ -218,17 +223,17 @@ async fn download(agent: &mut Agent, from: &str, to: &Path) -> Result<Duration> 
 }
 
 /// A process of its own, as a person would start it.
-fn copy(
+async fn copy(
     cli: &CommandLine,
     from: impl AsRef<std::ffi::OsStr>,
     to: impl AsRef<std::ffi::OsStr>,
 ) -> Result<Duration> {
     let start = Instant::now();
-    let status = cli
-        .command("cp")
+    let status = Command::from(cli.command("cp"))
         .arg("--quiet")
         .args([from.as_ref(), to.as_ref()])
         .status()
+        .await
         .context("running soulbox cp")?;
     ensure!(status.success(), "soulbox cp failed: {status}");
     Ok(start.elapsed())

@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 
 use soulbox_proto::vmm::v1::{self as proto, reply, request};
 use tokio::sync::Notify;
-use tokio::time::timeout;
+use tokio::time::{sleep, timeout};
 
 use super::machine::Machine;
 use super::pool::Pool;
@@ -184,31 +184,29 @@ impl Shells {
         count
     }
 
-    /// Keeps as many as are wanted, until the pool is left.
+    /// Keeps as many as are wanted, until the pool is left. What it is doing then it
+    /// finishes: a shell that is half made would stay.
     pub(super) async fn keep(pool: Arc<Pool>) {
-        let leaving = pool.leaving.clone();
+        let leaving = &pool.leaving;
         let shells = &pool.shells;
-        let kept = async {
-            let mut failing = false;
-            loop {
-                // One that has just been notified is looked at once.
-                let _ = timeout(LOOK, shells.changed.notified()).await;
-                shells.bury_the_dead_and_surplus(&pool).await;
-                shells.leave_time().await;
-                match shells.refill(&pool).await {
-                    Ok(()) => failing = false,
-                    Err(error) => {
-                        if !failing {
-                            tracing::warn!(%error, "no shell can be made; sandboxes start without");
-                        }
-                        failing = true;
-                        tokio::time::sleep(TRY_AGAIN).await;
+        let mut failing = false;
+        while !leaving.is_cancelled() {
+            shells.bury_the_dead_and_surplus(&pool).await;
+            match shells.refill(&pool).await {
+                Ok(()) => failing = false,
+                Err(error) => {
+                    if !failing {
+                        tracing::warn!(%error, "no shell can be made; sandboxes start without");
                     }
+                    failing = true;
+                    leaving.run_until_cancelled(sleep(TRY_AGAIN)).await;
                 }
             }
-        };
-        shells.changed.notify_one();
-        leaving.run_until_cancelled(kept).await;
+            // One that has just been notified is looked at once.
+            let change = timeout(LOOK, shells.changed.notified());
+            leaving.run_until_cancelled(change).await;
+            leaving.run_until_cancelled(shells.leave_time()).await;
+        }
         let left: Vec<Shell> = lock(&shells.shelves)
             .values_mut()
             .flat_map(|shelf| shelf.ready.drain(..))
@@ -238,21 +236,23 @@ impl Shells {
 
     async fn refill(&self, pool: &Arc<Pool>) -> Result<(), ShellError> {
         let pause = Duration::from_secs(1) / pool.config.shells.refill_per_second.max(1);
-        while let Some(shape) = self.lacking().filter(|_| !pool.is_draining()) {
+        let is_over = || pool.is_draining() || pool.leaving.is_cancelled();
+        while let Some(shape) = self.lacking().filter(|_| !is_over()) {
             let began = Instant::now();
             let shell = Shell::make(pool, &self.folder, shape).await?;
             // Replaced as soon as it dies.
             let over = shell.machine.over();
-            let pool = Arc::clone(pool);
-            pool.clone().actors.spawn(async move {
-                if pool.leaving.run_until_cancelled(over).await.is_some() {
-                    pool.shells.changed.notify_one();
+            let notified = Arc::clone(pool);
+            pool.actors.spawn(async move {
+                if notified.leaving.run_until_cancelled(over).await.is_some() {
+                    notified.shells.changed.notify_one();
                 }
             });
             if let Some(shelf) = lock(&self.shelves).get_mut(&shape) {
                 shelf.ready.push_back(shell);
             }
-            tokio::time::sleep(pause.saturating_sub(began.elapsed())).await;
+            let rest = sleep(pause.saturating_sub(began.elapsed()));
+            pool.leaving.run_until_cancelled(rest).await;
         }
         Ok(())
     }
