@@ -1,7 +1,5 @@
 //! Drives CodeService: `python`, `run`, `start`.
 
-#![allow(dead_code, unreachable_pub, clippy::unwrap_used)]
-
 use soulbox_proto::guest::v1::code_service_client::CodeServiceClient;
 use soulbox_proto::guest::v1::run_code_response::Event;
 use soulbox_proto::guest::v1::run_finished::Outcome;
@@ -9,7 +7,7 @@ use soulbox_proto::guest::v1::*;
 use tonic::transport::Channel;
 use tonic::{Status, Streaming};
 
-use crate::common::{Guest, LONG};
+use super::{Guest, LONG};
 
 pub struct Interpreters {
     client: CodeServiceClient<Channel>,

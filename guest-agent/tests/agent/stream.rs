@@ -1,12 +1,11 @@
 //! What flows while a program runs, and how calls end.
 
-mod common;
-
 use std::time::Duration;
 
-use common::*;
 use soulbox_proto::guest::v1::exec_response::Event;
 use soulbox_proto::guest::v1::*;
+
+use crate::common::*;
 
 fn with_stdin(spec: ProcessSpec) -> ProcessSpec {
     ProcessSpec {

@@ -1,12 +1,11 @@
 //! Programs that have a terminal.
 
-mod common;
-
 use std::time::Duration;
 
-use common::*;
 use soulbox_proto::guest::v1::exec_response::Event;
 use soulbox_proto::guest::v1::*;
+
+use crate::common::*;
 
 fn in_terminal(spec: ProcessSpec) -> ProcessSpec {
     ProcessSpec {

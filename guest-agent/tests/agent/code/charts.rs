@@ -3,19 +3,14 @@
 //! It is in no template: it is this machine's (`images/setup test`), of the first
 //! `python3` in PATH, or of the distribution's.
 
-// Clippy knows no tests outside `#[test]`.
-#![allow(clippy::unwrap_used)]
-
-mod common;
-mod interpreters;
-
 use std::process::Command;
 
-use common::*;
-use interpreters::*;
 use soulbox_proto::guest::v1::chart::Kind;
 use soulbox_proto::guest::v1::chart_point::X;
 use soulbox_proto::guest::v1::*;
+
+use crate::common::interpreters::*;
+use crate::common::*;
 
 /// A context of a Python that has it.
 struct Plots {

@@ -1,9 +1,8 @@
 //! How programs are started, and what is said when they cannot be.
 
-mod common;
-
-use common::*;
 use soulbox_proto::guest::v1::*;
+
+use crate::common::*;
 
 #[tokio::test]
 async fn tells_exit_codes_and_signals() {

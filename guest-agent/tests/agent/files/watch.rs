@@ -1,22 +1,18 @@
 //! FilesystemService: what Watch tells.
 
-// Clippy knows no tests outside `#[test]`.
-#![allow(clippy::unwrap_used)]
-
-mod common;
-
 use std::collections::BTreeSet;
 use std::fs;
 use std::io::Write as _;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use common::files::*;
-use common::*;
 use soulbox_proto::guest::v1::open_write::How;
 use soulbox_proto::guest::v1::watch_response::Message;
 use soulbox_proto::guest::v1::*;
 use tonic::{Status, Streaming};
+
+use crate::common::files::*;
+use crate::common::*;
 
 struct Watch {
     responses: Streaming<WatchResponse>,

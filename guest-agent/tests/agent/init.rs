@@ -1,12 +1,11 @@
 //! The agent as PID 1, in namespaces where it may do what it does to a guest.
 
-mod common;
-
 use std::os::unix::process::ExitStatusExt as _;
 
-use common::*;
 use soulbox_proto::guest::v1::exec_response::Event;
 use soulbox_proto::guest::v1::*;
+
+use crate::common::*;
 
 #[tokio::test]
 async fn sets_the_guest_up() {

@@ -1,20 +1,19 @@
 //! The guest's half of the fork contract: programs stop before a snapshot, and go
 //! on when the guest knows who it is.
 
-mod common;
-
 use std::collections::HashSet;
 use std::os::unix::process::ExitStatusExt as _;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use common::*;
 use soulbox_proto::guest::v1::exec_response::Event;
 use soulbox_proto::guest::v1::process_service_client::ProcessServiceClient;
 use soulbox_proto::guest::v1::*;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Code, Status};
+
+use crate::common::*;
 
 /// Long enough for a program that runs to show it.
 const A_WHILE: Duration = Duration::from_millis(100);

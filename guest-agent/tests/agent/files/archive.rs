@@ -1,24 +1,18 @@
 //! FilesystemService: Download and Upload.
 
-// Clippy knows no tests outside `#[test]`.
-#![allow(clippy::unwrap_used)]
-
-mod common;
-
 use std::fs;
 use std::os::unix::fs::{MetadataExt as _, PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use bytes::Bytes;
-use common::files::*;
-use common::*;
 use soulbox_proto::guest::v1::*;
 use tar::{EntryType, Header};
 use tonic::Status;
 
-const USER: &str = "54321";
-const UID: u32 = 54_321;
+use super::{UID, USER};
+use crate::common::files::*;
+use crate::common::*;
 
 async fn download(
     guest: &Guest,

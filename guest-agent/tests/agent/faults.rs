@@ -1,13 +1,12 @@
 //! Programs that mean no good, or are too many.
 
-mod common;
-
 use std::sync::Arc;
 use std::time::Duration;
 
-use common::*;
 use soulbox_proto::guest::v1::exec_response::Event;
 use soulbox_proto::guest::v1::*;
+
+use crate::common::*;
 
 /// Nobody else's, so that their limit of processes counts those of a test only.
 const OWN_USER: &str = "654321";

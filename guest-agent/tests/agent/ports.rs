@@ -1,10 +1,5 @@
 //! TCP connections to the guest's own ports.
 
-#![allow(clippy::unwrap_used)]
-
-mod common;
-
-use common::*;
 use soulbox_proto::guest::v1::connect_request::Message as Asked;
 use soulbox_proto::guest::v1::connect_response::Message as Told;
 use soulbox_proto::guest::v1::port_service_client::PortServiceClient;
@@ -14,6 +9,8 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Code, Status, Streaming};
+
+use crate::common::*;
 
 /// A connection as its caller has it.
 struct Connection {

@@ -1,13 +1,12 @@
 //! Programs and their callers: who reads what, who is waited for, what is kept.
 
-mod common;
-
 use std::time::Duration;
 
-use common::*;
 use soulbox_proto::guest::v1::exec_response::Event;
 use soulbox_proto::guest::v1::*;
 use tonic::Code;
+
+use crate::common::*;
 
 const MIB: u64 = 1 << 20;
 

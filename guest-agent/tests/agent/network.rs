@@ -1,11 +1,10 @@
 //! The network that the host gives the guest, in the agent's own namespace: what
 //! programs see of it, and when.
 
-mod common;
-
-use common::*;
 use soulbox_proto::guest::v1::exec_response::Event;
 use soulbox_proto::guest::v1::*;
+
+use crate::common::*;
 
 /// Makes the guest's interface, and at its other end the namespace "router", which
 /// echoes what it gets on TCP port 7.

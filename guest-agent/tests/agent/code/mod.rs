@@ -1,0 +1,7 @@
+//! CodeService.
+
+mod charts;
+mod contexts;
+mod limits;
+mod others;
+mod python;
