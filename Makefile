@@ -31,11 +31,12 @@ demo: images ## Run real Python and Node in a sandbox, with exit codes and timin
 
 test: lint images ## All checks and all tests; what CI runs
 	images/setup bench test
-	cargo test --release --workspace
+	cargo test --workspace
+	cargo test --release --workspace --test guest
 
 lint: ## Formatting, clippy and shellcheck
 	cargo fmt --all --check
-	cargo clippy --release --workspace --all-targets -- -D warnings
+	cargo clippy --workspace --all-targets -- -D warnings
 	images/setup lint
 	shellcheck -x $(scripts)
 
