@@ -4,6 +4,9 @@
 
 #![forbid(unsafe_code)]
 
+#[cfg(feature = "archive")]
+pub mod archive;
+
 /// Control of one `soulbox-vmm` process by its client.
 #[allow(clippy::all, clippy::undocumented_unsafe_blocks, unreachable_pub)]
 pub mod vmm {

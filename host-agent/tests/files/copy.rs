@@ -246,7 +246,7 @@ fn any_tree_comes_back_as_it_was() {
     }
 }
 
-/// The agent's archives tell no fractions.
+/// Trees travel without fractions.
 fn whole_seconds(root: &Path) {
     sh(
         root,

@@ -3,16 +3,16 @@
 
 use std::fs::File;
 use std::io::Write as _;
-use std::os::fd::{AsFd as _, OwnedFd};
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
 
 use rustix::fs::{
     AtFlags, Gid, Mode, OFlags, ResolveFlags, Timespec, Timestamps, UTIME_OMIT, Uid, chownat,
     fchmod, fchown, futimens, linkat, mkdirat, openat, symlinkat, unlinkat, utimensat,
 };
 use rustix::io::Errno;
+use soulbox_proto::archive::{Kind, Member, Receiver, make_plain, split};
 
-use super::parse::{Item, ItemKind, ParseError, Receiver};
-use crate::files::entry::MODE_BITS;
 use crate::files::error::{FileError, Problem, Told as _};
 use crate::files::place::open_at;
 
@@ -28,7 +28,7 @@ pub(super) struct Unpack {
     top: OwnedFd,
     keep_owners: bool,
     /// Where the last entry was, which is where the next one is most often.
-    parent: Option<(Vec<u8>, OwnedFd)>,
+    parent: Option<(Vec<u8>, Arc<OwnedFd>)>,
     file: Option<Unpacked>,
     /// Each below the one before.
     directories: Vec<Made>,
@@ -39,21 +39,13 @@ pub(super) struct Unpack {
 /// A file that is not whole yet.
 struct Unpacked {
     file: File,
-    item: Item,
-    directory: OwnedFd,
-    name: Vec<u8>,
+    member: Member,
+    parent: Arc<OwnedFd>,
 }
 
 struct Made {
-    path: Vec<u8>,
-    directory: OwnedFd,
-    item: Item,
-}
-
-impl From<ParseError> for FileError {
-    fn from(error: ParseError) -> Self {
-        Self::field("data", &error.to_string())
-    }
+    directory: Arc<OwnedFd>,
+    member: Member,
 }
 
 // === impl Unpack ===
@@ -86,21 +78,23 @@ impl Unpack {
     }
 
     /// The directory of that path, made where it is missing.
-    fn parent(&mut self, path: &[u8]) -> Result<OwnedFd, FileError> {
+    fn parent(&mut self, path: &[u8]) -> Result<Arc<OwnedFd>, FileError> {
+        if let Some(made) = self.directories.last()
+            && made.member.path == path
+        {
+            return Ok(Arc::clone(&made.directory));
+        }
         if let Some((known, directory)) = &self.parent
             && known == path
         {
-            return directory.try_clone().told(DOING, path);
+            return Ok(Arc::clone(directory));
         }
         let flags = OFlags::PATH | OFlags::DIRECTORY;
         let directory = match self.open(path, flags) {
             Err(Errno::NOENT) => {
                 let ends = (0..path.len()).filter(|at| path[*at] == b'/');
                 for end in ends.chain([path.len()]) {
-                    let (above, name) = match path[..end].iter().rposition(|byte| *byte == b'/') {
-                        Some(slash) => (&path[..slash], &path[slash + 1..end]),
-                        None => (&b""[..], &path[..end]),
-                    };
+                    let (above, name) = split(&path[..end]);
                     let above = self.open(above, flags).map_err(|errno| out(errno, path))?;
                     match mkdirat(above, name, Mode::from_raw_mode(0o755)) {
                         Ok(()) | Err(Errno::EXIST) => {}
@@ -111,45 +105,38 @@ impl Unpack {
             }
             opened => opened,
         };
-        let directory = directory.map_err(|errno| out(errno, path))?;
-        let copy = directory.try_clone().told(DOING, path)?;
-        self.parent = Some((path.to_vec(), copy));
+        let directory = Arc::new(directory.map_err(|errno| out(errno, path))?);
+        self.parent = Some((path.to_vec(), Arc::clone(&directory)));
         Ok(directory)
     }
 
-    fn begin_file(&mut self, directory: OwnedFd, name: &[u8], item: Item) -> Result<(), FileError> {
-        let mode = Mode::from_raw_mode(item.mode & 0o777 | 0o200);
+    fn begin_file(&mut self, parent: Arc<OwnedFd>, member: Member) -> Result<(), FileError> {
+        let (_, name) = split(&member.path);
+        let mode = Mode::from_raw_mode(member.mode & 0o777 | 0o200);
         let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW;
-        let make = || openat(&directory, name, flags | OFlags::CLOEXEC, mode);
-        let file = instead(&directory, name, make).told(DOING, &item.path)?;
+        let make = || openat(&parent, name, flags | OFlags::CLOEXEC, mode);
+        let file = instead(&parent, name, make).told(DOING, &member.path)?;
         self.file = Some(Unpacked {
             file: file.into(),
-            name: name.to_vec(),
-            directory,
-            item,
+            member,
+            parent,
         });
         Ok(())
     }
 
-    fn make_directory(
-        &mut self,
-        directory: &OwnedFd,
-        name: &[u8],
-        path: Vec<u8>,
-        item: Item,
-    ) -> Result<(), FileError> {
+    fn make_directory(&mut self, parent: &OwnedFd, member: Member) -> Result<(), FileError> {
+        let (_, name) = split(&member.path);
         // Others follow into it, which its own mode might not allow.
-        match mkdirat(directory, name, Mode::from_raw_mode(0o700)) {
+        match mkdirat(parent, name, Mode::from_raw_mode(0o700)) {
             Ok(()) | Err(Errno::EXIST) => {}
-            Err(errno) => return Err(FileError::errno(errno, DOING, &path)),
+            Err(errno) => return Err(FileError::errno(errno, DOING, &member.path)),
         }
         // A link to a directory may be there already, and stays, if it leads nowhere else.
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NONBLOCK;
-        let made = self.open(&path, flags).map_err(|errno| out(errno, &path))?;
+        let directory = self.open(&member.path, flags);
         let made = Made {
-            path,
-            directory: made,
-            item,
+            directory: Arc::new(directory.map_err(|errno| out(errno, &member.path))?),
+            member,
         };
         if self.directories.len() >= MAX_WAITING {
             return self.complete(&made);
@@ -164,107 +151,92 @@ impl Unpack {
             let rest = path.strip_prefix(above);
             rest.is_some_and(|rest| rest.starts_with(b"/"))
         };
-        while let Some(made) = self.directories.pop_if(|made| !is_below(&made.path)) {
+        while let Some(made) = self.directories.pop_if(|made| !is_below(&made.member.path)) {
             self.complete(&made)?;
         }
         Ok(())
     }
 
     fn complete(&self, made: &Made) -> Result<(), FileError> {
-        let Made {
-            path,
-            directory,
-            item,
-        } = made;
-        let set = self.own(directory, item).and_then(|()| {
-            fchmod(directory, mode_of(item))?;
-            futimens(directory, &times_of(item))
+        let Made { directory, member } = made;
+        let set = self.own(directory, member).and_then(|()| {
+            fchmod(directory, Mode::from_raw_mode(member.mode))?;
+            futimens(directory, &times_of(member))
         });
         match set {
             // One of somebody else's that was there before.
             Err(Errno::PERM) => Ok(()),
-            set => set.told(DOING, path),
+            set => set.told(DOING, &member.path),
         }
     }
 
-    fn own(&self, file: impl std::os::fd::AsFd, item: &Item) -> Result<(), Errno> {
+    fn own(&self, file: impl AsFd, member: &Member) -> Result<(), Errno> {
         if !self.keep_owners {
             return Ok(());
         }
-        let (owner, group) = owner_of(item)?;
+        let (owner, group) = owner_of(member)?;
         fchown(file, Some(owner), Some(group))
     }
 
-    fn make_symlink(&self, directory: &OwnedFd, name: &[u8], item: &Item) -> Result<(), Errno> {
-        instead(directory, name, || {
-            symlinkat(&item.link[..], directory, name)
-        })?;
+    fn make_symlink(&self, parent: &OwnedFd, member: &Member) -> Result<(), Errno> {
+        let (_, name) = split(&member.path);
+        instead(parent, name, || symlinkat(&member.target[..], parent, name))?;
         if self.keep_owners {
-            let (owner, group) = owner_of(item)?;
-            chownat(
-                directory,
-                name,
-                Some(owner),
-                Some(group),
-                AtFlags::SYMLINK_NOFOLLOW,
-            )?;
+            let (owner, group) = owner_of(member)?;
+            let (owner, group) = (Some(owner), Some(group));
+            chownat(parent, name, owner, group, AtFlags::SYMLINK_NOFOLLOW)?;
         }
-        utimensat(directory, name, &times_of(item), AtFlags::SYMLINK_NOFOLLOW)
+        utimensat(parent, name, &times_of(member), AtFlags::SYMLINK_NOFOLLOW)
     }
 
     /// To a file of the same archive, or that was below the directory before.
-    fn make_hard_link(
-        &mut self,
-        directory: &OwnedFd,
-        name: &[u8],
-        item: &Item,
-    ) -> Result<(), FileError> {
-        let target = names(&item.link)?;
-        let Some((target_name, above)) = target.split_last() else {
-            return Err(FileError::new(Problem::IsADirectory, DOING, &item.link));
-        };
-        let above = self
-            .open(&above.join(&b'/'), OFlags::PATH | OFlags::DIRECTORY)
-            .map_err(|errno| out(errno, &item.link))?;
-        let make = || linkat(&above, *target_name, directory, name, AtFlags::empty());
-        instead(directory, name, make).told(DOING, &item.path)
+    fn make_hard_link(&self, parent: &OwnedFd, member: &mut Member) -> Result<(), FileError> {
+        make_inner(&mut member.target)?;
+        if member.target.is_empty() {
+            return Err(FileError::new(Problem::IsADirectory, DOING, b"."));
+        }
+        let (above, target) = split(&member.target);
+        let above = self.open(above, OFlags::PATH | OFlags::DIRECTORY);
+        let above = above.map_err(|errno| out(errno, &member.target))?;
+        let (_, name) = split(&member.path);
+        let make = || linkat(&above, target, parent, name, AtFlags::empty());
+        instead(parent, name, make).told(DOING, &member.path)
     }
 }
 
 impl Receiver for Unpack {
     type Error = FileError;
 
-    fn begin(&mut self, item: Item) -> Result<(), FileError> {
-        let names = names(&item.path)?;
-        let Some((name, above)) = names.split_last() else {
+    fn begin(&mut self, mut member: Member) -> Result<(), FileError> {
+        make_inner(&mut member.path)?;
+        if member.path.is_empty() {
             // The directory itself, which keeps what it has.
-            return match item.kind {
-                ItemKind::Directory => Ok(()),
-                _ => Err(FileError::new(Problem::IsADirectory, DOING, &item.path)),
+            return match member.kind {
+                Kind::Directory => Ok(()),
+                _ => Err(FileError::new(Problem::IsADirectory, DOING, b".")),
             };
-        };
-        let (name, above) = (name.to_vec(), above.join(&b'/'));
-        let path = names.join(&b'/');
-        self.leave(&path)?;
-        let directory = self.parent(&above)?;
+        }
+        self.leave(&member.path)?;
+        let (above, _) = split(&member.path);
+        let parent = self.parent(above)?;
         self.entries += 1;
-        match item.kind {
-            ItemKind::File => self.begin_file(directory, &name, item),
-            ItemKind::Directory => self.make_directory(&directory, &name, path, item),
-            ItemKind::Symlink => {
-                let made = self.make_symlink(&directory, &name, &item);
-                made.told(DOING, &item.path)
+        match member.kind {
+            Kind::File => self.begin_file(parent, member),
+            Kind::Directory => self.make_directory(&parent, member),
+            Kind::Symlink => {
+                let made = self.make_symlink(&parent, &member);
+                made.told(DOING, &member.path)
             }
-            ItemKind::HardLink => self.make_hard_link(&directory, &name, &item),
-            ItemKind::Other => Err(FileError::new(Problem::NotSupported, DOING, &item.path)),
+            Kind::HardLink => self.make_hard_link(&parent, &mut member),
+            Kind::Other(_) => Err(FileError::new(Problem::NotSupported, DOING, &member.path)),
         }
     }
 
     fn data(&mut self, data: &[u8]) -> Result<(), FileError> {
-        let Some(Unpacked { file, item, .. }) = &mut self.file else {
+        let Some(Unpacked { file, member, .. }) = &mut self.file else {
             return Ok(());
         };
-        file.write_all(data).told(DOING, &item.path)?;
+        file.write_all(data).told(DOING, &member.path)?;
         self.file_bytes += data.len() as u64;
         Ok(())
     }
@@ -273,15 +245,15 @@ impl Receiver for Unpack {
         let Some(unpacked) = &self.file else {
             return Ok(());
         };
-        let Unpacked { file, item, .. } = unpacked;
-        let set = self.own(file.as_fd(), item).and_then(|()| {
+        let Unpacked { file, member, .. } = unpacked;
+        let set = self.own(file, member).and_then(|()| {
             // Only what making it has not done.
-            if self.keep_owners || item.mode & (0o7000 | UMASK) != 0 || item.mode & 0o200 == 0 {
-                fchmod(file, mode_of(item))?;
+            if self.keep_owners || member.mode & (0o7000 | UMASK) != 0 || member.mode & 0o200 == 0 {
+                fchmod(file, Mode::from_raw_mode(member.mode))?;
             }
-            futimens(file, &times_of(item))
+            futimens(file, &times_of(member))
         });
-        set.told(DOING, &item.path)?;
+        set.told(DOING, &member.path)?;
         self.file = None;
         Ok(())
     }
@@ -290,23 +262,18 @@ impl Receiver for Unpack {
 impl Drop for Unpack {
     fn drop(&mut self) {
         // One that is not whole is worse than none.
-        if let Some(unpacked) = &self.file {
-            let _ = unlinkat(&unpacked.directory, &unpacked.name[..], AtFlags::empty());
+        if let Some(Unpacked { member, parent, .. }) = &self.file {
+            let (_, name) = split(&member.path);
+            let _ = unlinkat(parent, name, AtFlags::empty());
         }
     }
 }
 
-/// The names of a path that leads down only.
-fn names(path: &[u8]) -> Result<Vec<&[u8]>, FileError> {
-    if path.contains(&0) {
-        return Err(FileError::field("data", "has a name with a NUL byte"));
+fn make_inner(path: &mut Vec<u8>) -> Result<(), FileError> {
+    match make_plain(path) {
+        true => Ok(()),
+        false => Err(FileError::new(Problem::PathEscapes, DOING, path)),
     }
-    let names = path.split(|byte| *byte == b'/');
-    let names: Vec<_> = names.filter(|name| !matches!(*name, b"" | b".")).collect();
-    if path.starts_with(b"/") || names.contains(&&b".."[..]) {
-        return Err(FileError::new(Problem::PathEscapes, DOING, path));
-    }
-    Ok(names)
 }
 
 /// Makes something under a name, and in the place of what has it.
@@ -332,49 +299,25 @@ fn out(errno: Errno, path: &[u8]) -> FileError {
     }
 }
 
-fn mode_of(item: &Item) -> Mode {
-    Mode::from_raw_mode(item.mode & MODE_BITS)
-}
-
-fn times_of(item: &Item) -> Timestamps {
+fn times_of(member: &Member) -> Timestamps {
+    let (seconds, nanos) = member.modified;
     Timestamps {
         last_access: Timespec {
             tv_sec: 0,
             tv_nsec: UTIME_OMIT,
         },
         last_modification: Timespec {
-            tv_sec: item.mtime,
-            tv_nsec: 0,
+            tv_sec: seconds,
+            tv_nsec: nanos.into(),
         },
     }
 }
 
-fn owner_of(item: &Item) -> Result<(Uid, Gid), Errno> {
+fn owner_of(member: &Member) -> Result<(Uid, Gid), Errno> {
     // u32::MAX is "as it is" to chown(2).
     let id = |id| u32::try_from(id).ok().filter(|id| *id != u32::MAX);
-    match (id(item.uid), id(item.gid)) {
+    match (id(member.uid), id(member.gid)) {
         (Some(uid), Some(gid)) => Ok((Uid::from_raw(uid), Gid::from_raw(gid))),
         _ => Err(Errno::INVAL),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use proptest::prelude::*;
-
-    use super::*;
-
-    proptest! {
-        #[test]
-        fn names_lead_down_or_nowhere(path in prop::collection::vec(
-            prop_oneof![Just(b'/'), Just(b'.'), Just(0), Just(b'a')], 0..12)
-        ) {
-            if let Ok(names) = names(&path) {
-                for name in names {
-                    prop_assert!(!matches!(name, b"" | b"." | b".."));
-                    prop_assert!(!name.contains(&b'/') && !name.contains(&0));
-                }
-            }
-        }
     }
 }

@@ -79,7 +79,7 @@ fn tree(folder: &Path) -> PathBuf {
     fs::set_permissions(top.join("nothing"), PermissionsExt::from_mode(0o4511)).unwrap();
     fs::set_permissions(top.join("d"), PermissionsExt::from_mode(0o555)).unwrap();
     for path in ["large", "d"] {
-        let time = std::time::UNIX_EPOCH + std::time::Duration::from_secs(1_000_000_000);
+        let time = std::time::UNIX_EPOCH + std::time::Duration::new(1_000_000_000, 123_456_789);
         fs::File::open(top.join(path))
             .unwrap()
             .set_modified(time)
@@ -152,6 +152,7 @@ async fn a_tree_goes_down_and_up_again() {
         assert_eq!(uploaded.file_bytes, 2_000_000 + 5 + 4 + 3);
         let inode = |path: &str| fs::metadata(up.join(path)).unwrap().ino();
         assert_eq!(inode("hard"), inode("d/small"));
+        assert_eq!(fs::metadata(up.join("large")).unwrap().mtime_nsec(), 0);
         // Over what is there.
         upload(&guest, open, &bytes).await.unwrap();
         assert_same(&top, &up);
@@ -185,6 +186,16 @@ async fn what_tar_makes_is_unpacked() {
                 .arg(up.join(name))
                 .status();
             assert!(diff.unwrap().success(), "{format} {name}");
+        }
+        // Of which only pax has a fraction.
+        let nanos = if format == "pax" { 123_456_789 } else { 0 };
+        for name in ["d", "large"] {
+            let found = fs::metadata(up.join(name)).unwrap();
+            assert_eq!(
+                (found.mtime(), found.mtime_nsec()),
+                (1_000_000_000, nanos),
+                "{format} {name}"
+            );
         }
     }
 }

@@ -9,17 +9,19 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use bytes::Bytes;
 use prost_types::Timestamp;
+use soulbox_proto::archive::{Decompressor, Parser};
 use soulbox_proto::guest::v1::{
     Compression, DownloadRequest, Entry, FileKind, ReadRequest, ReadResponse, StatRequest,
     download_response, read_response,
 };
+use tokio::sync::mpsc;
 use tonic::Streaming;
 
 use super::error::CopyError;
 use super::part::{Part, Source};
-use super::pipe::{ChunkReader, channel};
+use super::pipe::channel;
 use super::progress::Progress;
-use super::unpack::{Keep, Unpacked, unpack};
+use super::unpack::{Keep, UnpackError, Unpacked, Unpacker};
 use super::{Copied, Plan, last_part};
 use crate::cli::error::CliError;
 use crate::cli::place::{Place, answer, in_time};
@@ -331,7 +333,7 @@ async fn tree(plan: &Plan, path: Bytes, shown: &str, target: PathBuf) -> Result<
     progress.end();
     // Where the call broke off, the archive did, too: the call knows why.
     fed?;
-    let unpacked = unpacked?;
+    let unpacked = unpacked.map_err(CopyError::from)?;
     Ok(Copied {
         entries: unpacked.entries,
         bytes: unpacked.file_bytes,
@@ -340,21 +342,31 @@ async fn tree(plan: &Plan, path: Bytes, shown: &str, target: PathBuf) -> Result<
     })
 }
 
+/// On a thread of its own, so that more arrives while files are written.
 fn unpack_chunks(
-    queue: tokio::sync::mpsc::Receiver<Bytes>,
+    mut queue: mpsc::Receiver<Bytes>,
     compression: Compression,
     target: &Path,
     keep: Keep,
     progress: &Progress,
-) -> Result<Unpacked, CopyError> {
-    let reader = ChunkReader::new(queue);
-    let unpacked = match compression {
-        Compression::Unspecified => unpack(io::BufReader::new(reader), target, keep, progress),
-        Compression::Zstd => {
-            let decoder = zstd::stream::read::Decoder::new(reader);
-            let decoder = decoder.map_err(|error| CopyError::write(target, error))?;
-            unpack(io::BufReader::new(decoder), target, keep, progress)
-        }
+) -> Result<Unpacked, UnpackError> {
+    let mut decompressor = match compression {
+        Compression::Unspecified => None,
+        Compression::Zstd => Some(Decompressor::new()?),
     };
-    Ok(unpacked?)
+    let mut unpacker = Unpacker::new(target, keep, progress)?;
+    let mut parser = Parser::default();
+    // Nothing that comes after the archive's end is of interest.
+    while parser.finish().is_err()
+        && let Some(chunk) = queue.blocking_recv()
+    {
+        match &mut decompressor {
+            None => parser.feed(&chunk, &mut unpacker)?,
+            Some(decompressor) => {
+                decompressor.feed(&chunk, |plain| parser.feed(plain, &mut unpacker))?;
+            }
+        }
+    }
+    parser.finish()?;
+    unpacker.finish()
 }

@@ -1,6 +1,5 @@
 //! `soulbox cp`: files and trees into a sandbox and out of it.
 
-mod archive;
 mod download;
 mod error;
 mod pack;

@@ -6,7 +6,8 @@ use std::os::unix::ffi::{OsStrExt as _, OsStringExt as _};
 use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 
-use super::archive::{Kind, Member, pad, write_end, write_header};
+use soulbox_proto::archive::{Kind, Member, append_end, append_header, append_padding};
+
 use super::progress::Progress;
 
 const CHUNK_BYTES: usize = 256 * 1024;
@@ -35,6 +36,8 @@ struct Packer<'a, W> {
     root: &'a Path,
     progress: &'a Progress,
     done: Packed,
+    /// Headers and such on their way.
+    blocks: Vec<u8>,
     buffer: Vec<u8>,
 }
 
@@ -49,6 +52,7 @@ pub(super) fn pack<W: Write>(
         root,
         progress,
         done: Packed::default(),
+        blocks: Vec::new(),
         buffer: vec![0; CHUNK_BYTES],
     };
     // A directory is followed by what is in it: who unpacks that is done with the
@@ -61,7 +65,7 @@ pub(super) fn pack<W: Write>(
             None => drop(left.pop()),
         }
     }
-    write_end(&mut packer.writer).map_err(PackError::Send)?;
+    packer.write(append_end)?;
     Ok((packer.done, packer.writer))
 }
 
@@ -106,7 +110,7 @@ impl<W: Write> Packer<'_, W> {
         };
         let mut member = described(kind, path, &found);
         member.target = target.into_os_string().into_vec();
-        write_header(&mut self.writer, &member).map_err(PackError::Send)?;
+        self.write(|blocks| append_header(blocks, &member))?;
         self.done.entries += 1;
         self.progress.entry();
         Ok(kind == Kind::Directory)
@@ -127,7 +131,7 @@ impl<W: Write> Packer<'_, W> {
             return Ok(());
         }
         let member = described(Kind::File, path, &found);
-        write_header(&mut self.writer, &member).map_err(PackError::Send)?;
+        self.write(|blocks| append_header(blocks, &member))?;
         let mut left = member.size;
         while left > 0 {
             let room = usize::try_from(left).unwrap_or(usize::MAX).min(CHUNK_BYTES);
@@ -147,11 +151,17 @@ impl<W: Write> Packer<'_, W> {
         if !is_whole {
             self.done.changed.push(full.to_owned());
         }
-        pad(&mut self.writer, member.size).map_err(PackError::Send)?;
+        self.write(|blocks| append_padding(blocks, member.size))?;
         self.done.entries += 1;
         self.done.file_bytes += member.size;
         self.progress.entry();
         Ok(())
+    }
+
+    fn write(&mut self, append: impl FnOnce(&mut Vec<u8>)) -> Result<(), PackError> {
+        self.blocks.clear();
+        append(&mut self.blocks);
+        self.writer.write_all(&self.blocks).map_err(PackError::Send)
     }
 }
 
@@ -170,9 +180,7 @@ fn described(kind: Kind, path: &Path, found: &Metadata) -> Member {
         mode: found.mode() & 0o7777,
         uid: found.uid().into(),
         gid: found.gid().into(),
-        modified: (
-            found.mtime(),
-            u32::try_from(found.mtime_nsec()).unwrap_or_default(),
-        ),
+        // As the agent's own: a fraction takes 1 KiB for each file.
+        modified: (found.mtime(), 0),
     }
 }

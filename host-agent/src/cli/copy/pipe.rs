@@ -1,20 +1,14 @@
 //! Between calls, which are async, and files and archives, which are not.
 
-use std::io::{self, Read, Write};
+use std::io::{self, Write};
 
-use bytes::{Buf as _, Bytes, BytesMut};
+use bytes::{Bytes, BytesMut};
 use tokio::sync::mpsc;
 
 /// Of one message.
 pub(super) const CHUNK_BYTES: usize = 512 * 1024;
 /// On their way, in each direction.
 const CHUNKS: usize = 4;
-
-/// Bytes of a call, as a file.
-pub(super) struct ChunkReader {
-    chunks: mpsc::Receiver<Bytes>,
-    rest: Bytes,
-}
 
 /// A file whose bytes go into a call.
 pub(super) struct ChunkWriter<T> {
@@ -25,31 +19,6 @@ pub(super) struct ChunkWriter<T> {
 
 pub(super) fn channel<T>() -> (mpsc::Sender<T>, mpsc::Receiver<T>) {
     mpsc::channel(CHUNKS)
-}
-
-// === impl ChunkReader ===
-
-impl ChunkReader {
-    pub(super) fn new(chunks: mpsc::Receiver<Bytes>) -> Self {
-        Self {
-            chunks,
-            rest: Bytes::new(),
-        }
-    }
-}
-
-impl Read for ChunkReader {
-    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        while self.rest.is_empty() {
-            match self.chunks.blocking_recv() {
-                Some(chunk) => self.rest = chunk,
-                None => return Ok(0),
-            }
-        }
-        let count = self.rest.len().min(buffer.len());
-        self.rest.copy_to_slice(&mut buffer[..count]);
-        Ok(count)
-    }
 }
 
 // === impl ChunkWriter ===

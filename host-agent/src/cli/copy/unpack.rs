@@ -3,8 +3,8 @@
 //! made that is more than a file, a directory or a link.
 
 use std::fs::File;
-use std::io::{self, Read, Write as _};
-use std::os::fd::{AsFd as _, OwnedFd};
+use std::io::{self, Write as _};
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt as _;
 use std::path::{Path, PathBuf};
 
@@ -13,11 +13,12 @@ use rustix::fs::{
     fchown, futimens, linkat, mkdirat, openat, openat2, symlinkat, unlinkat, utimensat,
 };
 use rustix::io::Errno;
+use soulbox_proto::archive::{
+    DecompressError, Kind, Member, ParseError, Receiver, make_plain, split,
+};
 
-use super::archive::{Archive, ArchiveError, Kind, MAX_PATH_BYTES, Member};
 use super::progress::Progress;
 
-const CHUNK_BYTES: usize = 256 * 1024;
 /// Whose modes are set at the end.
 const MAX_DIRECTORIES: usize = 1_000_000;
 /// Neither up nor through a link.
@@ -27,8 +28,10 @@ const DIRECTORY_MODE: Mode = Mode::RWXU;
 
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum UnpackError {
-    #[error(transparent)]
-    Archive(#[from] ArchiveErrorShown),
+    #[error("what the sandbox sent {0}; copy again")]
+    Archive(#[from] ParseError),
+    #[error("what the sandbox sent {0}; copy again")]
+    Compression(#[from] DecompressError),
     #[error("{path} cannot be made ({source}){}", hint(source))]
     Make { path: PathBuf, source: io::Error },
     #[error(
@@ -38,11 +41,6 @@ pub(crate) enum UnpackError {
     #[error("the sandbox sent more than {MAX_DIRECTORIES} directories; copy a part of them")]
     TooMany,
 }
-
-/// Private, and so are its words.
-#[derive(Debug, thiserror::Error)]
-#[error(transparent)]
-pub(crate) struct ArchiveErrorShown(ArchiveError);
 
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(super) struct Unpacked {
@@ -58,57 +56,21 @@ pub(super) struct Keep {
     pub(super) owners: bool,
 }
 
-struct Unpacker<'a> {
+/// Unpacks below a directory. Dropped, it leaves no half of a file.
+pub(super) struct Unpacker<'a> {
     target: &'a Path,
     root: OwnedFd,
     /// The directory of the member before, which is mostly that of the next.
     above: Option<(Vec<u8>, OwnedFd)>,
+    /// Not whole yet, and in `above`.
+    file: Option<(File, Member)>,
     directories: Vec<Member>,
     keep: Keep,
     progress: &'a Progress,
     done: Unpacked,
 }
 
-/// Unpacks below `target`, which is made if it is not there.
-pub(super) fn unpack(
-    reader: impl Read,
-    target: &Path,
-    keep: Keep,
-    progress: &Progress,
-) -> Result<Unpacked, UnpackError> {
-    let failed = |source| UnpackError::Make {
-        path: target.to_owned(),
-        source,
-    };
-    match mkdirat(CWD, target, Mode::from_raw_mode(0o777)) {
-        Ok(()) | Err(Errno::EXIST) => {}
-        Err(errno) => return Err(failed(errno.into())),
-    }
-    let flags = OFlags::DIRECTORY | OFlags::RDONLY | OFlags::CLOEXEC;
-    let root = openat(CWD, target, flags, Mode::empty()).map_err(|errno| failed(errno.into()))?;
-    let mut unpacker = Unpacker {
-        target,
-        root,
-        above: None,
-        directories: Vec::new(),
-        keep,
-        progress,
-        done: Unpacked::default(),
-    };
-    let mut archive = Archive::new(reader);
-    while let Some(member) = archive.next()? {
-        unpacker.member(&mut archive, member)?;
-    }
-    unpacker.end()
-}
-
 // === impl UnpackError ===
-
-impl From<ArchiveError> for UnpackError {
-    fn from(error: ArchiveError) -> Self {
-        Self::Archive(ArchiveErrorShown(error))
-    }
-}
 
 fn hint(error: &io::Error) -> &'static str {
     match error.raw_os_error() {
@@ -121,38 +83,44 @@ fn hint(error: &io::Error) -> &'static str {
 
 // === impl Unpacker ===
 
-impl Unpacker<'_> {
-    fn member<R: Read>(
-        &mut self,
-        archive: &mut Archive<R>,
-        mut member: Member,
-    ) -> Result<(), UnpackError> {
-        let path = clean(&member.path).ok_or_else(|| self.outside(&member.path))?;
-        member.path = path;
-        let made = match member.kind {
-            Kind::Other => {
-                self.done.left_out += 1;
-                return Ok(());
-            }
-            Kind::Directory => self.directory(&member),
-            _ if member.path.is_empty() => Err(Errno::ISDIR),
-            Kind::Symlink => self.symlink(&member),
-            Kind::HardLink => {
-                let from = clean(&member.target).ok_or_else(|| self.outside(&member.target))?;
-                self.hard_link(&member, &from)
-            }
-            Kind::File => return self.file(archive, &member),
+impl<'a> Unpacker<'a> {
+    /// `target` is made if it is not there.
+    pub(super) fn new(
+        target: &'a Path,
+        keep: Keep,
+        progress: &'a Progress,
+    ) -> Result<Self, UnpackError> {
+        let made = match mkdirat(CWD, target, Mode::from_raw_mode(0o777)) {
+            Err(Errno::EXIST) => Ok(()),
+            made => made,
         };
-        made.map_err(|errno| self.failed(&member.path, errno))?;
-        self.done.entries += 1;
-        self.progress.entry();
-        if member.kind == Kind::Directory {
-            if self.directories.len() == MAX_DIRECTORIES {
-                return Err(UnpackError::TooMany);
-            }
-            self.directories.push(member);
+        let flags = OFlags::DIRECTORY | OFlags::RDONLY | OFlags::CLOEXEC;
+        let opened = made.and_then(|()| openat(CWD, target, flags, Mode::empty()));
+        let root = opened.map_err(|errno| UnpackError::Make {
+            path: target.to_owned(),
+            source: errno.into(),
+        })?;
+        Ok(Self {
+            target,
+            root,
+            above: None,
+            file: None,
+            directories: Vec::new(),
+            keep,
+            progress,
+            done: Unpacked::default(),
+        })
+    }
+
+    /// To be called when the archive has ended. Directories come last: one that may not be
+    /// written to can be filled until then, and what is made in one changes its time.
+    pub(super) fn finish(mut self) -> Result<Unpacked, UnpackError> {
+        for member in std::mem::take(&mut self.directories).iter().rev() {
+            let dressed = inside(&self.root, &member.path)
+                .and_then(|directory| self.dress(directory, member));
+            dressed.map_err(|errno| self.failed(&member.path, errno))?;
         }
-        Ok(())
+        Ok(std::mem::take(&mut self.done))
     }
 
     fn directory(&mut self, member: &Member) -> Result<(), Errno> {
@@ -182,9 +150,9 @@ impl Unpacker<'_> {
     }
 
     /// To what is inside already.
-    fn hard_link(&mut self, member: &Member, from: &[u8]) -> Result<(), Errno> {
+    fn hard_link(&mut self, member: &Member) -> Result<(), Errno> {
         let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-        let (above, name) = split(from);
+        let (above, name) = split(&member.target);
         let above = inside(&self.root, above)?;
         // What leads out by a link is refused here, before it has another name.
         openat2(&above, name, flags, Mode::empty(), INSIDE)?;
@@ -195,11 +163,7 @@ impl Unpacker<'_> {
         })
     }
 
-    fn file<R: Read>(
-        &mut self,
-        archive: &mut Archive<R>,
-        member: &Member,
-    ) -> Result<(), UnpackError> {
+    fn open_file(&mut self, member: Member) -> Result<(), UnpackError> {
         let flags = OFlags::CREATE | OFlags::EXCL | OFlags::WRONLY | OFlags::NOFOLLOW;
         let mode = Mode::RUSR | Mode::WUSR;
         let made = self.at(&member.path, |above, name| {
@@ -207,46 +171,13 @@ impl Unpacker<'_> {
                 openat(above, name, flags | OFlags::CLOEXEC, mode)
             })
         });
-        let mut file = File::from(made.map_err(|errno| self.failed(&member.path, errno))?);
-        let filled = self.fill(&mut file, archive, member);
-        if filled.is_err() {
-            // Half a file is none.
-            let _ = self.at(&member.path, |above, name| {
-                unlinkat(above, name, AtFlags::empty())
-            });
-        }
-        filled?;
-        self.done.entries += 1;
-        self.done.file_bytes += member.size;
-        self.progress.entry();
+        let file = made.map_err(|errno| self.failed(&member.path, errno))?;
+        self.file = Some((file.into(), member));
         Ok(())
     }
 
-    fn fill<R: Read>(
-        &self,
-        file: &mut File,
-        archive: &mut Archive<R>,
-        member: &Member,
-    ) -> Result<(), UnpackError> {
-        let failed = |source| UnpackError::Make {
-            path: self.shown(&member.path),
-            source,
-        };
-        let room = usize::try_from(member.size).unwrap_or(usize::MAX);
-        let mut buffer = vec![0; room.min(CHUNK_BYTES)];
-        loop {
-            let count = archive.read(&mut buffer)?;
-            if count == 0 {
-                break;
-            }
-            file.write_all(&buffer[..count]).map_err(failed)?;
-        }
-        self.dress(file, member)
-            .map_err(|errno| failed(errno.into()))
-    }
-
     /// Owner, mode and times.
-    fn dress(&self, file: impl std::os::fd::AsFd, member: &Member) -> Result<(), Errno> {
+    fn dress(&self, file: impl AsFd, member: &Member) -> Result<(), Errno> {
         let owners = self.owners(member);
         if let Some((uid, gid)) = owners {
             fchown(&file, Some(uid), Some(gid))?;
@@ -267,17 +198,6 @@ impl Unpacker<'_> {
             Uid::from_raw(id(member.uid)?),
             Gid::from_raw(id(member.gid)?),
         ))
-    }
-
-    /// Directories last: one that may not be written to can be filled until then, and
-    /// what is made in one changes its time.
-    fn end(mut self) -> Result<Unpacked, UnpackError> {
-        for member in std::mem::take(&mut self.directories).iter().rev() {
-            let dressed = inside(&self.root, &member.path)
-                .and_then(|directory| self.dress(directory.as_fd(), member));
-            dressed.map_err(|errno| self.failed(&member.path, errno))?;
-        }
-        Ok(self.done)
     }
 
     /// In the directory that the path is in, which is made if it is not there.
@@ -304,52 +224,91 @@ impl Unpacker<'_> {
         }
     }
 
-    fn shown(&self, path: &[u8]) -> PathBuf {
-        self.target.join(std::ffi::OsStr::from_bytes(path))
+    fn make_inner(&self, path: &mut Vec<u8>) -> Result<(), UnpackError> {
+        if make_plain(path) {
+            return Ok(());
+        }
+        let shown = path.get(..100).unwrap_or(path);
+        Err(UnpackError::Outside {
+            path: String::from_utf8_lossy(shown).into_owned(),
+            target: self.target.to_owned(),
+        })
     }
 
     fn failed(&self, path: &[u8], errno: Errno) -> UnpackError {
-        UnpackError::Make {
-            path: self.shown(path),
-            source: errno.into(),
-        }
+        failed(self.target, path, errno.into())
     }
 
-    fn outside(&self, path: &[u8]) -> UnpackError {
-        let shown = path.get(..100).unwrap_or(path);
-        UnpackError::Outside {
-            path: String::from_utf8_lossy(shown).into_owned(),
-            target: self.target.to_owned(),
-        }
+    fn made_one(&mut self) {
+        self.done.entries += 1;
+        self.progress.entry();
     }
 }
 
-/// Without "." and doubled slashes. None: it leads out, or is no path.
-fn clean(path: &[u8]) -> Option<Vec<u8>> {
-    if path.starts_with(b"/") || path.contains(&0) || path.len() > MAX_PATH_BYTES {
-        return None;
-    }
-    let mut clean = Vec::with_capacity(path.len());
-    for part in path.split(|&byte| byte == b'/') {
-        match part {
-            b"" | b"." => {}
-            b".." => return None,
-            part => {
-                if !clean.is_empty() {
-                    clean.push(b'/');
-                }
-                clean.extend_from_slice(part);
+impl Receiver for Unpacker<'_> {
+    type Error = UnpackError;
+
+    fn begin(&mut self, mut member: Member) -> Result<(), UnpackError> {
+        self.make_inner(&mut member.path)?;
+        let made = match member.kind {
+            Kind::Other(_) => {
+                self.done.left_out += 1;
+                return Ok(());
             }
+            Kind::Directory => self.directory(&member),
+            _ if member.path.is_empty() => Err(Errno::ISDIR),
+            Kind::Symlink => self.symlink(&member),
+            Kind::HardLink => {
+                self.make_inner(&mut member.target)?;
+                self.hard_link(&member)
+            }
+            Kind::File => return self.open_file(member),
+        };
+        made.map_err(|errno| self.failed(&member.path, errno))?;
+        self.made_one();
+        if member.kind == Kind::Directory {
+            if self.directories.len() == MAX_DIRECTORIES {
+                return Err(UnpackError::TooMany);
+            }
+            self.directories.push(member);
         }
+        Ok(())
     }
-    Some(clean)
+
+    fn data(&mut self, data: &[u8]) -> Result<(), UnpackError> {
+        let Some((file, member)) = &mut self.file else {
+            return Ok(());
+        };
+        let written = file.write_all(data);
+        written.map_err(|error| failed(self.target, &member.path, error))
+    }
+
+    fn end(&mut self) -> Result<(), UnpackError> {
+        let Some((file, member)) = &self.file else {
+            return Ok(());
+        };
+        let dressed = self.dress(file, member);
+        dressed.map_err(|errno| self.failed(&member.path, errno))?;
+        self.done.file_bytes += member.size;
+        self.file = None;
+        self.made_one();
+        Ok(())
+    }
 }
 
-/// The directory and the name.
-fn split(path: &[u8]) -> (&[u8], &[u8]) {
-    match path.iter().rposition(|&byte| byte == b'/') {
-        Some(slash) => (&path[..slash], &path[slash + 1..]),
-        None => (b"", path),
+impl Drop for Unpacker<'_> {
+    fn drop(&mut self) {
+        if let (Some((_, member)), Some((_, above))) = (&self.file, &self.above) {
+            let (_, name) = split(&member.path);
+            let _ = unlinkat(above, name, AtFlags::empty());
+        }
+    }
+}
+
+fn failed(target: &Path, path: &[u8], source: io::Error) -> UnpackError {
+    UnpackError::Make {
+        path: target.join(std::ffi::OsStr::from_bytes(path)),
+        source,
     }
 }
 
@@ -410,17 +369,18 @@ mod tests {
     use proptest::collection::vec;
     use proptest::prelude::*;
 
-    use super::super::archive::{pad, write_end, write_header};
+    use soulbox_proto::archive::{Parser, append_end, append_header, append_padding};
+
     use super::*;
 
     fn archive(members: &[(Member, &[u8])]) -> Vec<u8> {
         let mut bytes = Vec::new();
         for (member, data) in members {
-            write_header(&mut bytes, member).unwrap();
+            append_header(&mut bytes, member);
             bytes.extend_from_slice(data);
-            pad(&mut bytes, data.len() as u64).unwrap();
+            append_padding(&mut bytes, data.len() as u64);
         }
-        write_end(&mut bytes).unwrap();
+        append_end(&mut bytes);
         bytes
     }
 
@@ -441,14 +401,19 @@ mod tests {
         }
     }
 
+    fn unpack(archive: &[u8], target: &Path, keep: Keep) -> Result<Unpacked, UnpackError> {
+        let progress = Progress::silent();
+        let mut unpacker = Unpacker::new(target, keep, &progress)?;
+        let mut parser = Parser::default();
+        for piece in archive.chunks(700) {
+            parser.feed(piece, &mut unpacker)?;
+        }
+        parser.finish()?;
+        unpacker.finish()
+    }
+
     fn try_unpack(members: &[(Member, &[u8])], target: &Path) -> Result<Unpacked, UnpackError> {
-        let keep = Keep { owners: false };
-        unpack(
-            archive(members).as_slice(),
-            target,
-            keep,
-            &Progress::silent(),
-        )
+        unpack(&archive(members), target, Keep { owners: false })
     }
 
     /// A folder with the target in it, and what must stay as it is.
@@ -526,21 +491,10 @@ mod tests {
     #[test]
     fn devices_and_privileged_bits_are_left_out() {
         let (_folder, target) = world();
-        let mut device = Vec::new();
-        let mut header = tar::Header::new_ustar();
-        header.set_entry_type(tar::EntryType::Char);
-        header.set_path("null").unwrap();
-        header.set_mode(0o666);
-        header.set_size(0);
-        header.set_device_major(1).unwrap();
-        header.set_device_minor(3).unwrap();
-        header.set_cksum();
-        device.extend_from_slice(header.as_bytes());
+        let device = member(Kind::Other(b'3'), "null", "", 0);
         let mut program = member(Kind::File, "program", "", 0);
         program.mode = 0o6755;
-        device.extend(archive(&[(program, b"")]));
-        let keep = Keep { owners: false };
-        let done = unpack(device.as_slice(), &target, keep, &Progress::silent()).unwrap();
+        let done = try_unpack(&[(device, b""), (program, b"")], &target).unwrap();
         assert_eq!((done.entries, done.left_out), (1, 1));
         assert!(!target.join("null").exists());
         let program = std::fs::metadata(target.join("program")).unwrap();
@@ -569,15 +523,20 @@ mod tests {
     }
 
     #[test]
-    fn paths_are_made_plain_or_refused() {
-        let plain =
-            |path: &str| clean(path.as_bytes()).map(|path| String::from_utf8(path).unwrap());
-        assert_eq!(plain("./a//b/./c/").as_deref(), Some("a/b/c"));
-        assert_eq!(plain("./").as_deref(), Some(""));
-        assert_eq!(plain("..a/b..").as_deref(), Some("..a/b.."));
-        for bad in ["/a", "..", "a/..", "a/../b", "a\0b"] {
-            assert_eq!(plain(bad), None, "{bad:?}");
-        }
+    fn half_a_file_is_none() {
+        let (_folder, target) = world();
+        let members = [
+            (member(Kind::File, "whole", "", 4), &b"data"[..]),
+            (member(Kind::File, "half", "", 4000), &[7; 4000]),
+        ];
+        let archive = archive(&members);
+        let cut = unpack(&archive[..3000], &target, Keep { owners: false });
+        assert!(matches!(
+            cut,
+            Err(UnpackError::Archive(ParseError::Truncated))
+        ));
+        assert_eq!(std::fs::read(target.join("whole")).unwrap(), b"data");
+        assert!(!target.join("half").exists());
     }
 
     fn parts() -> impl Strategy<Value = String> {
@@ -631,13 +590,7 @@ mod tests {
             (member(Kind::Symlink, "link", "x", 0), b""),
         ];
         let keep = Keep { owners: true };
-        unpack(
-            archive(&members).as_slice(),
-            &target,
-            keep,
-            &Progress::silent(),
-        )
-        .unwrap();
+        unpack(&archive(&members), &target, keep).unwrap();
         let owners: BTreeMap<_, _> = ["file", "link"]
             .map(|name| (name, target.join(name).symlink_metadata().unwrap()))
             .into();
