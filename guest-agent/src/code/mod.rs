@@ -18,7 +18,6 @@ mod run;
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
 
 use rustix::rand::{GetRandomFlags, getrandom};
 use soulbox_proto::guest::v1::code_service_server::CodeService;
@@ -28,8 +27,6 @@ use soulbox_proto::guest::v1::{
     RestartContextRequest, RestartContextResponse, RunCodeRequest, RunCodeResponse,
 };
 use tokio::sync::{mpsc, watch};
-use tokio::time::timeout;
-use tokio_stream::StreamExt as _;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Code, Request, Response, Status};
 
@@ -45,12 +42,6 @@ const MAX_CONTEXTS: usize = 64;
 /// How many messages wait for a caller who reads slowly; of output, each has 64 KiB
 /// at most.
 const RESPONSES: usize = 4;
-/// What a run tells within this time goes out in one piece, with the headers: each
-/// piece costs the host more than it costs us.
-const TOGETHER: Duration = Duration::from_millis(5);
-const MAX_TOGETHER: usize = 8;
-
-type Ran = Result<RunCodeResponse, Status>;
 
 const ID_BYTES: usize = 8;
 const ID_ALPHABET: &[u8; 36] = b"abcdefghijklmnopqrstuvwxyz0123456789";
@@ -246,10 +237,7 @@ impl CodeService for Contexts {
         Ok(Response::new(InterruptContextResponse { interrupted }))
     }
 
-    type RunCodeStream = tokio_stream::adapters::Chain<
-        tokio_stream::Iter<std::vec::IntoIter<Ran>>,
-        ReceiverStream<Ran>,
-    >;
+    type RunCodeStream = ReceiverStream<Result<RunCodeResponse, Status>>;
 
     async fn run_code(
         &self,
@@ -257,19 +245,11 @@ impl CodeService for Contexts {
     ) -> Result<Response<Self::RunCodeStream>, Status> {
         let spec = RunSpec::try_from(request.into_inner())?;
         let context = self.target(&spec.target).await?;
-        let (responses, mut stream) = mpsc::channel(RESPONSES);
+        let (responses, stream) = mpsc::channel(RESPONSES);
         context.run(spec, responses)?;
-        let mut first = Vec::new();
-        let gather = async {
-            while first.len() < MAX_TOGETHER
-                && let Some(response) = stream.recv().await
-            {
-                first.push(response);
-            }
-        };
-        let _ = timeout(TOGETHER, gather).await;
-        let rest = ReceiverStream::new(stream);
-        Ok(Response::new(tokio_stream::iter(first).chain(rest)))
+        // When its turn comes at once, `started` goes out with the headers.
+        tokio::task::yield_now().await;
+        Ok(Response::new(ReceiverStream::new(stream)))
     }
 }
 
