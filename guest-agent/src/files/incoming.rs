@@ -56,6 +56,7 @@ pub(super) async fn feed<M, S: Sink>(
     let mut next = Batch::default();
     let mut open = Some(open);
     let mut sink = Parked(None);
+    let mut long = None;
     loop {
         let last = batch.last;
         let (taken, opening) = (sink.0.take(), open.take());
@@ -77,6 +78,7 @@ pub(super) async fn feed<M, S: Sink>(
             let (_, reply) = jobs.run(work).await?;
             return reply.ok_or_else(|| crate::status::internal("the work has no end"));
         }
+        long.get_or_insert_with(|| jobs.long_call());
         // An error of either ends both.
         let waiting = async {
             next.wait(&mut requests, piece, ends_by_itself).await?;

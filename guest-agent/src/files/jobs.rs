@@ -2,6 +2,8 @@
 //! bounded number of jobs, none of which waits for a caller.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 use tokio::sync::{Semaphore, mpsc};
 use tokio_stream::wrappers::ReceiverStream;
@@ -10,16 +12,24 @@ use tonic::Status;
 use super::error::FileError;
 use super::place::{Place, View};
 use crate::status::internal;
+use crate::sys::process::give_memory_back;
 
 /// How many run at once; others wait. Each may hold a chunk.
 const MAX_RUNNING: usize = 32;
 /// How many responses wait for a caller who reads slowly.
 const WAITING: usize = 4;
+/// How soon what a long call has left in the allocator is given back: the caller's last
+/// messages are gone then.
+const TIDY_AFTER: Duration = Duration::from_millis(200);
 
 #[derive(Clone)]
 pub(super) struct Jobs {
     running: Arc<Semaphore>,
+    tidies: Arc<AtomicBool>,
 }
+
+/// A call through which much may pass.
+pub(super) struct LongCall(Jobs);
 
 /// What a stream of responses is made from, a response at a time.
 pub(super) trait Source: Send + 'static {
@@ -38,7 +48,12 @@ impl Jobs {
     pub(super) fn new() -> Self {
         Self {
             running: Arc::new(Semaphore::new(MAX_RUNNING)),
+            tidies: Arc::default(),
         }
+    }
+
+    pub(super) fn long_call(&self) -> LongCall {
+        LongCall(self.clone())
     }
 
     /// Runs the work on a thread that may block. It runs to its end even when nobody
@@ -83,8 +98,10 @@ impl Jobs {
                 Ok(fill(source, &first))
             })
             .await?;
-        let jobs = self.clone();
-        tokio::spawn(async move { jobs.go_on(opened, responses).await });
+        if opened.is_some() {
+            let jobs = self.clone();
+            tokio::spawn(async move { jobs.go_on(opened, responses).await });
+        }
         Ok(ReceiverStream::new(stream))
     }
 
@@ -95,6 +112,7 @@ impl Jobs {
         mut left: Option<S>,
         responses: mpsc::Sender<Result<S::Item, Status>>,
     ) {
+        let _long = self.long_call();
         while let Some(source) = left.take() {
             match responses.reserve_many(WAITING / 2).await {
                 Ok(room) => drop(room),
@@ -116,6 +134,27 @@ impl Jobs {
                 }
             }
         }
+    }
+}
+
+// === impl LongCall ===
+
+impl Drop for LongCall {
+    fn drop(&mut self) {
+        let Self(jobs) = self;
+        // Outside a runtime the process is about to end.
+        let Ok(runtime) = tokio::runtime::Handle::try_current() else {
+            return;
+        };
+        if jobs.tidies.swap(true, Ordering::Relaxed) {
+            return;
+        }
+        let jobs = jobs.clone();
+        runtime.spawn(async move {
+            tokio::time::sleep(TIDY_AFTER).await;
+            jobs.tidies.store(false, Ordering::Relaxed);
+            give_memory_back();
+        });
     }
 }
 

@@ -154,6 +154,23 @@ async fn a_write_that_ends_early_leaves_the_file_as_it_was() {
 }
 
 #[tokio::test]
+async fn what_long_calls_took_of_memory_is_given_back() {
+    let guest = Guest::start().await;
+    let file = shared(&guest).join("long");
+    let bytes = vec![7; 64 << 20];
+    let create = open(at(&file), How::Create);
+    guest.put(create, &bytes).await.unwrap();
+    assert!(guest.read(at(&file)).await.unwrap() == bytes);
+    let own_kib = || {
+        let status = fs::read_to_string(format!("/proc/{}/status", guest.agent_pid())).unwrap();
+        let line = status.lines().find(|line| line.starts_with("RssAnon"));
+        let number = line.unwrap().split_whitespace().nth(1).unwrap();
+        number.parse::<u64>().unwrap()
+    };
+    until(|| own_kib() < 3 * 1024).await;
+}
+
+#[tokio::test]
 async fn two_writers_of_one_file_are_each_whole() {
     let guest = Guest::start().await;
     let folder = shared(&guest);
