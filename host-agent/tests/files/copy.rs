@@ -307,12 +307,13 @@ fn a_tree_is_laid_over_another() {
     }
 }
 
-/// Stops the agent once so much has arrived, and kills the copy.
+/// Stops the agent once so much more has arrived, and kills the copy.
 fn break_off(world: &World, arguments: [String; 2], arrived: impl Fn() -> u64, signal: Signal) {
     let mut command = world.soulbox();
     command.args(["cp", "--user", "root"]).args(arguments);
+    let before = arrived();
     let mut child = command.spawn().unwrap();
-    until(|| arrived() > 2 << 20);
+    until(|| arrived() > before + (2 << 20));
     world.signal_agent(Signal::STOP);
     kill_process(Pid::from_child(&child), signal).unwrap();
     let status = wait(&mut child);
