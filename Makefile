@@ -19,7 +19,7 @@ help: ## What there is to make
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
 
 build: ## Build every program
-	cargo build --release --workspace
+	cargo build --release --workspace $(build_targets)
 
 images: build ## Build the guest's kernel and the template "base", or find them cached
 	images/build template --guest-binary $(target)/soulbox-guest
@@ -29,6 +29,9 @@ demo: images ## Run real Python and Node in a sandbox, with exit codes and timin
 	    --file images/demo --file images/lib.sh \
 	    --file "$$(realpath $(cache)/templates/current)" -- images/demo $(target)
 
+# Beside a test, programs are built with the features of its own dependencies. Built so from
+# the start, they are built once.
+test: build_targets = --bins --test guest
 test: lint images ## All checks and all tests; what CI runs
 	images/setup bench test
 	cargo test --workspace
