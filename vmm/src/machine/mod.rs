@@ -219,6 +219,20 @@ impl Machine {
                     cpuid = CpuId::from_entries(&state.cpu.cpuid)
                         .map_err(|_| RestoreError::Cpu(vec!["a CPUID that KVM can take".into()]))?;
                 }
+                // vCPUs take their registers while memory is mapped, and the rest, after
+                // which one fills in the working set, while devices are made.
+                let mut own_states = Vec::with_capacity(vcpus.len());
+                for ((index, vcpu), saved) in (0u8..).zip(&vcpus).zip(state.vcpus) {
+                    let own = new_cpuid.then(|| cpuid::for_vcpu(&cpuid, index, shape.vcpu_count));
+                    let saved = Arc::new(saved);
+                    own_states.push(Arc::clone(&saved));
+                    restoring.push(vcpu.call(move |fd| {
+                        if let Some(cpuid) = own {
+                            vcpu::state::set_cpuid(fd, &cpuid)?;
+                        }
+                        vcpu::state::restore_registers(fd, &saved, xsave_words)
+                    })?);
+                }
                 let mut layers = layers.as_slice();
                 if let Some((first, upper)) = layers.split_first().filter(|_| !first_layer_prepared)
                 {
@@ -236,19 +250,11 @@ impl Machine {
                         None
                     }
                 };
-                // vCPUs take their state, and one fills in the working set, while
-                // devices are made.
-                for ((index, vcpu), (saved, initial_msrs)) in (0u8..)
-                    .zip(&vcpus)
-                    .zip(state.vcpus.into_iter().zip(initial_msrs))
+                for ((vcpu, saved), initial_msrs) in vcpus.iter().zip(own_states).zip(initial_msrs)
                 {
-                    let own = new_cpuid.then(|| cpuid::for_vcpu(&cpuid, index, shape.vcpu_count));
                     let working_set = working_set.take().map(|file| (file, memory.clone()));
                     restoring.push(vcpu.call(move |fd| {
-                        if let Some(cpuid) = own {
-                            vcpu::state::set_cpuid(fd, &cpuid)?;
-                        }
-                        vcpu::state::restore(fd, &saved, &initial_msrs, xsave_words)?;
+                        vcpu::state::restore_system(fd, &saved, &initial_msrs)?;
                         if let Some((file, memory)) = working_set {
                             fill_in(fd, &memory, &file);
                         }
@@ -301,8 +307,9 @@ impl Machine {
                 restore_devices(&devices, states)?;
                 renew_generation(&devices)?;
                 stages.mark("state");
-                for (index, vcpu) in (0u8..).zip(restoring) {
-                    vcpu.wait()?
+                for (index, restored) in (0..shape.vcpu_count).cycle().zip(restoring) {
+                    restored
+                        .wait()?
                         .map_err(|error| RestoreError::Vcpu { index, error })?;
                 }
                 saved.restore(&vm)?;

@@ -14,7 +14,7 @@ use std::os::unix::fs::FileExt;
 use serde::{Deserialize, Serialize};
 
 use super::runs::Pages;
-use crate::snapshot::CRC;
+use crate::snapshot::checksum;
 
 /// The most that is filled in to be written or to be read: more is no start, but
 /// work.
@@ -56,7 +56,7 @@ impl WorkingSet {
     /// Writes it to an empty file: its checksum, then itself. Returns its length.
     pub fn write(&self, file: &File) -> io::Result<u64> {
         let body = postcard::to_stdvec(self).map_err(io::Error::other)?;
-        let mut bytes = CRC.checksum(&body).to_le_bytes().to_vec();
+        let mut bytes = checksum(&body).to_le_bytes().to_vec();
         bytes.extend(body);
         file.write_all_at(&bytes, 0)?;
         Ok(bytes.len() as u64)
@@ -71,8 +71,8 @@ impl WorkingSet {
         }
         let mut bytes = vec![0; length as usize];
         file.read_exact_at(&mut bytes, 0).ok()?;
-        let (checksum, body) = bytes.split_first_chunk::<8>()?;
-        if CRC.checksum(body) != u64::from_le_bytes(*checksum) {
+        let (expected, body) = bytes.split_first_chunk::<8>()?;
+        if checksum(body) != u64::from_le_bytes(*expected) {
             return None;
         }
         let set: Self = postcard::from_bytes(body).ok()?;

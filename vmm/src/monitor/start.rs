@@ -85,6 +85,7 @@ pub(super) fn wait_for_start(
                         Ok(frame) => {
                             *shell = Some(frame);
                             crate::sys::map_own_code();
+                            snapshot::warm_up();
                             let stages = stages.into_stages();
                             control.reply(id, ReplyResult::Prepared(v1::Prepared { stages }))
                         }

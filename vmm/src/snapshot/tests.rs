@@ -27,15 +27,15 @@ pub(crate) fn sealed(body: &[u8]) -> Vec<u8> {
     bytes[8..12].copy_from_slice(&2u32.to_le_bytes());
     bytes[12..16].copy_from_slice(&62u32.to_le_bytes());
     bytes[16..24].copy_from_slice(&(body.len() as u64).to_le_bytes());
-    bytes[24..32].copy_from_slice(&CRC.checksum(body).to_le_bytes());
+    bytes[24..32].copy_from_slice(&checksum(body).to_le_bytes());
     seal_header(&mut bytes);
     bytes.extend_from_slice(body);
     bytes
 }
 
 fn seal_header(bytes: &mut [u8]) {
-    let checksum = CRC.checksum(&bytes[..32]);
-    bytes[32..40].copy_from_slice(&checksum.to_le_bytes());
+    let of_header = checksum(&bytes[..32]);
+    bytes[32..40].copy_from_slice(&of_header.to_le_bytes());
 }
 
 pub(crate) fn read_bytes(bytes: &[u8]) -> Result<MachineState, SnapshotError> {
@@ -95,7 +95,7 @@ fn the_format_is_what_it_was() {
     }
     let body = postcard::to_stdvec(&state).unwrap();
     assert_eq!(
-        (body.len(), CRC.checksum(&body)),
+        (body.len(), checksum(&body)),
         (10_134, 16_122_725_935_744_969_776)
     );
 }

@@ -58,7 +58,7 @@ pub struct VcpuThread {
     shared: Arc<Shared>,
 }
 
-/// How long a vCPU's thread that has been told something stays awake for more.
+/// How long a thread stays awake for what another one is to tell it.
 const STAY_AWAKE: Duration = Duration::from_micros(500);
 
 /// What a vCPU's thread and the monitor share.
@@ -128,18 +128,9 @@ impl Vcpu {
         }
     }
 
-    /// Waits for a command: at first awake, for they come close together when a
-    /// machine is restored, and waking a thread takes longer than what it is told.
+    /// Waits for a command; none comes when the machine is being torn down.
     fn next_command(&self) -> Option<Command> {
-        let sleep_at = Instant::now() + STAY_AWAKE;
-        while Instant::now() < sleep_at {
-            match self.commands.try_recv() {
-                Ok(command) => return Some(command),
-                Err(TryRecvError::Empty) => std::hint::spin_loop(),
-                Err(TryRecvError::Disconnected) => return None,
-            }
-        }
-        self.commands.recv().ok()
+        receive_awake(&self.commands)
     }
 
     fn run(&mut self, bus: &Bus) -> Stop {
@@ -364,8 +355,23 @@ pub struct Answer<T>(mpsc::Receiver<T>);
 
 impl<T> Answer<T> {
     pub fn wait(self) -> Result<T, VcpuGone> {
-        self.0.recv().map_err(|_| VcpuGone)
+        receive_awake(&self.0).ok_or(VcpuGone)
     }
+}
+
+/// Receives, at first awake: messages come close together when a machine is restored,
+/// and waking a thread takes longer than what it is told. `None` without a sender.
+fn receive_awake<T>(receiver: &mpsc::Receiver<T>) -> Option<T> {
+    let sleep_at = Instant::now() + STAY_AWAKE;
+    while Instant::now() < sleep_at {
+        match receiver.try_recv() {
+            Ok(message) => return Some(message),
+            // With one CPU, it is the other thread that needs it.
+            Err(TryRecvError::Empty) => std::thread::yield_now(),
+            Err(TryRecvError::Disconnected) => return None,
+        }
+    }
+    receiver.recv().ok()
 }
 
 /// A vCPU on its way to a pause.

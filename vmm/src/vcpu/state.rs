@@ -107,12 +107,11 @@ pub fn save(vcpu: &VcpuFd, msr_indices: &[u32], xsave_words: usize) -> Result<Vc
     })
 }
 
-/// Puts a state into a vCPU that has not run and has its CPUID. `initial` are
-/// the values that its MSRs have already.
-pub fn restore(
+/// Puts into a vCPU that has not run, and has its CPUID, what KVM takes without a
+/// look into guest memory: before that is mapped, and while.
+pub fn restore_registers(
     vcpu: &VcpuFd,
     state: &VcpuState,
-    initial: &[(u32, u64)],
     xsave_words: usize,
 ) -> Result<(), RestoreVcpuError> {
     let own_khz = vcpu.get_tsc_khz().map_err(refused("KVM_GET_TSC_KHZ"))?;
@@ -125,8 +124,6 @@ pub fn restore(
         .map_err(refused("KVM_SET_MP_STATE"))?;
     vcpu.set_regs(&state.regs)
         .map_err(refused("KVM_SET_REGS"))?;
-    vcpu.set_sregs(&state.sregs)
-        .map_err(refused("KVM_SET_SREGS"))?;
     // XCR0 first: it says which parts of the XSAVE area may be in use.
     vcpu.set_xcrs(&state.xcrs)
         .map_err(refused("KVM_SET_XCRS"))?;
@@ -139,7 +136,21 @@ pub fn restore(
     xsave::set(vcpu, &state.xsave)?;
     vcpu.set_debug_regs(&state.debug_regs)
         .map_err(refused("KVM_SET_DEBUGREGS"))?;
-    // The deadline timer hangs on the local APIC's mode.
+    Ok(())
+}
+
+/// Puts in the rest, for which KVM may read and write guest memory: page-directory
+/// pointers, and what MSRs name (the clock's page among it). `initial` are the
+/// values that the MSRs have already.
+pub fn restore_system(
+    vcpu: &VcpuFd,
+    state: &VcpuState,
+    initial: &[(u32, u64)],
+) -> Result<(), RestoreVcpuError> {
+    vcpu.set_sregs(&state.sregs)
+        .map_err(refused("KVM_SET_SREGS"))?;
+    // Its layout hangs on the APIC base of the sregs, the deadline timer of the MSRs
+    // on its mode.
     vcpu.set_lapic(&state.lapic)
         .map_err(refused("KVM_SET_LAPIC"))?;
     write_msrs(vcpu, &state.msrs, initial)?;
