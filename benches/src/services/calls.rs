@@ -3,9 +3,10 @@
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
+use bytes::Bytes;
 use soulbox_proto::guest::v1::run_code_response::Event;
 use soulbox_proto::guest::v1::run_finished::Outcome;
-use soulbox_proto::guest::v1::{Language, RunCodeRequest};
+use soulbox_proto::guest::v1::{FilePath, Language, RunCodeRequest, StatRequest};
 
 use super::Guest;
 use crate::agent::Agent;
@@ -23,6 +24,7 @@ const LANGUAGES: [(Language, &str); 2] = [
 #[derive(Default)]
 struct Samples {
     round_trip: Vec<f64>,
+    stat: Vec<f64>,
     spawn: Vec<f64>,
     exec: Vec<f64>,
     code: [Vec<f64>; LANGUAGES.len()],
@@ -55,6 +57,9 @@ impl Samples {
             self.spawn.extend(raw.spawn(BLOCK)?.into_iter().map(ms));
         }
         for _ in 0..BLOCK {
+            self.stat.push(ms(stat_root(&mut guest.agent).await?));
+        }
+        for _ in 0..BLOCK {
             let ran = guest.agent.run(&["/bin/true"]).await?;
             self.exec.push(ms(ran.to_exit));
         }
@@ -68,6 +73,7 @@ impl Samples {
     }
 
     fn report(self, report: &mut Report) {
+        let stat = Row::new("floor: Stat of /, a call that does least", "ms", self.stat);
         let mut exec = Row::new("exec of /bin/true, call to exit", "ms", self.exec);
         let mut code = LANGUAGES
             .into_iter()
@@ -76,7 +82,7 @@ impl Samples {
                 Row::new(format!("RunCode({CODE:?}), {name}"), "ms", samples)
             });
         if self.round_trip.is_empty() {
-            report.rows.push(exec);
+            report.rows.extend([stat, exec]);
             report.rows.extend(code);
             return;
         }
@@ -97,10 +103,25 @@ impl Samples {
                 3.0,
             ));
             let others: Vec<Row> = code.map(|row| row.beside(&round_trip)).collect();
-            report.rows.extend([round_trip, spawn, exec, python]);
+            let stat = stat.beside(&round_trip);
+            report.rows.extend([round_trip, stat, spawn, exec, python]);
             report.rows.extend(others);
         }
     }
+}
+
+/// Through the same programs as every call.
+async fn stat_root(agent: &mut Agent) -> Result<Duration> {
+    let request = StatRequest {
+        path: Some(FilePath {
+            path: Bytes::from_static(b"/"),
+            ..Default::default()
+        }),
+        ..Default::default()
+    };
+    let start = Instant::now();
+    agent.files.stat(request).await.context("Stat of /")?;
+    Ok(start.elapsed())
 }
 
 /// In the language's default context, until it has finished.

@@ -5,6 +5,8 @@
 #   spawn N         so many times /bin/true; the seconds that each took, as JSON
 #   take N          reads so many bytes, then says "!"
 #   give N          writes so many bytes
+#   fill FILE N     writes so many bytes to a new file, then says "!"
+#   drain FILE      reads a file and removes it, then says "!"
 #   unpack FOLDER   a tar stream into a new folder, then says "!"
 #   pack FOLDER     a folder as a tar stream
 import json
@@ -16,6 +18,8 @@ import threading
 import time
 
 MIB = 1 << 20
+# Of one read or write of a file, as the agent is sent them.
+CHUNK = 256 << 10
 
 
 def listen(where):
@@ -60,6 +64,23 @@ def give(peer, size):
         left -= min(left, MIB)
 
 
+def fill(peer, path, size):
+    buffer, left = memoryview(bytes(CHUNK)), int(size)
+    with open(path, "xb", buffering=0) as file:
+        while left:
+            left -= file.write(buffer[:left])
+    peer.sendall(b"!")
+
+
+def drain(peer, path):
+    buffer = bytearray(CHUNK)
+    with open(path, "rb", buffering=0) as file:
+        while file.readinto(buffer):
+            pass
+    os.unlink(path)
+    peer.sendall(b"!")
+
+
 def unpack(peer, folder):
     os.makedirs(folder)
     subprocess.run(["tar", "-xf", "-", "-C", folder], stdin=peer, check=True)
@@ -70,7 +91,7 @@ def pack(peer, folder):
     subprocess.run(["tar", "-cf", "-", "-C", folder, "."], stdout=peer, check=True)
 
 
-COMMANDS = {command.__name__: command for command in (echo, spawn, take, give, unpack, pack)}
+COMMANDS = {command.__name__: command for command in (echo, spawn, take, give, fill, drain, unpack, pack)}
 
 
 def serve(peer):

@@ -157,6 +157,22 @@ impl Raw {
         Ok(start.elapsed())
     }
 
+    /// Into a new file there, of what is there already.
+    pub(super) fn fill(&self, file: &str, bytes: u64) -> Result<Duration> {
+        self.until_done(&format!("fill {file} {bytes}"))
+    }
+
+    /// Out of a file there, which goes, to nowhere.
+    pub(super) fn drain(&self, file: &str) -> Result<Duration> {
+        self.until_done(&format!("drain {file}"))
+    }
+
+    fn until_done(&self, command: &str) -> Result<Duration> {
+        let start = Instant::now();
+        await_done(&mut self.way.ask(command)?)?;
+        Ok(start.elapsed())
+    }
+
     /// What is in a folder here, into a new one there.
     pub(super) fn unpack(&self, from: &Path, to: &str) -> Result<Duration> {
         let start = Instant::now();
@@ -272,6 +288,11 @@ mod tests {
         for bytes in [0, 1, 3 * BUFFER_BYTES as u64 + 1] {
             raw.put(bytes).unwrap();
             raw.get(bytes).unwrap();
+            let file = helper.folder.path().join("file");
+            raw.fill(file.to_str().unwrap(), bytes).unwrap();
+            assert_eq!(file.metadata().unwrap().len(), bytes);
+            raw.drain(file.to_str().unwrap()).unwrap();
+            assert!(!file.exists());
         }
         assert!(
             raw.way

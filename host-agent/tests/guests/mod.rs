@@ -237,9 +237,12 @@ pub(crate) fn snapshotted() -> impl std::ops::DerefMut<Target = Snapshotted> {
         .unwrap();
         Mutex::new(snapshotted)
     });
-    SNAPSHOTTED
+    let snapshotted = SNAPSHOTTED
         .lock()
-        .unwrap_or_else(std::sync::PoisonError::into_inner)
+        .unwrap_or_else(std::sync::PoisonError::into_inner);
+    // What a test left that failed is not the next one's.
+    let _ = snapshotted.host.soulbox(&["rm", "--force", "--all"]);
+    snapshotted
 }
 
 /// Whether the host is an emulated machine.
