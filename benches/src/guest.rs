@@ -2,11 +2,13 @@
 //! byte that a bench writes into its snapshot.
 
 use std::fs::File;
-use std::io::{self, Read, Write};
+use std::io::{self, PipeReader, Read, Write};
 use std::os::unix::fs::FileExt;
 use std::path::Path;
+use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use soulbox_vmm::devices::DeviceState;
 use soulbox_vmm::machine::layout::COM1_PORT;
 use soulbox_vmm::snapshot;
@@ -23,6 +25,9 @@ use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRE
 /// log may go the same way.
 pub(crate) const READY: u8 = 0x01;
 pub(crate) const RESTORED: u8 = 0x02;
+
+/// How long a guest may be silent that has something to say.
+const PATIENCE: Duration = Duration::from_secs(60);
 
 /// The byte it waits for, in RAM that is dirtied by nothing else.
 const GO_ADDRESS: u32 = 0x20_0000;
@@ -121,9 +126,26 @@ pub(crate) fn drive_net(path: &Path) -> Result<()> {
 }
 
 /// Reads a console until `byte` has come `count` times.
-pub(crate) fn await_byte(console: &mut impl Read, byte: u8, count: usize) -> Result<()> {
+pub(crate) fn await_byte(console: &mut PipeReader, byte: u8, count: usize) -> Result<()> {
+    await_byte_for(console, byte, count, PATIENCE)
+}
+
+fn await_byte_for(
+    console: &mut PipeReader,
+    byte: u8,
+    count: usize,
+    patience: Duration,
+) -> Result<()> {
+    let timeout = Timespec::try_from(patience)?;
     let (mut seen, mut chunk, mut left) = (Vec::new(), [0; 4096], count);
     while left > 0 {
+        let readable = poll(&mut [PollFd::new(console, PollFlags::IN)], Some(&timeout));
+        if readable.context("waiting for a console")? == 0 {
+            let (seen, missing) = (String::from_utf8_lossy(&seen), left);
+            bail!(
+                "nothing from a guest for {patience:?}; {missing} of {count} are missing: {seen}"
+            );
+        }
         let read = match console.read(&mut chunk) {
             Ok(0) => bail!("the guest ended: {}", String::from_utf8_lossy(&seen)),
             Ok(read) => &chunk[..read],
@@ -153,9 +175,19 @@ mod tests {
 
     #[test]
     fn a_console_is_read_past_other_output() {
-        let mut console = &b"log line\n\x02more\x02"[..];
+        let (mut console, mut guest) = std::io::pipe().unwrap();
+        guest.write_all(b"log line\n\x02more\x02").unwrap();
         assert!(await_byte(&mut console, RESTORED, 2).is_ok());
-        let error = await_byte(&mut &b"no such kernel"[..], READY, 1).unwrap_err();
-        assert!(error.to_string().contains("no such kernel"), "{error}");
+
+        let await_one = |console: &mut PipeReader| {
+            let error = await_byte_for(console, READY, 1, Duration::from_millis(50));
+            error.unwrap_err().to_string()
+        };
+        let silence = await_one(&mut console);
+        assert!(silence.contains("1 of 1 are missing"), "{silence}");
+        guest.write_all(b"no such kernel").unwrap();
+        drop(guest);
+        let ended = await_one(&mut console);
+        assert!(ended.contains("no such kernel"), "{ended}");
     }
 }
