@@ -79,6 +79,11 @@ impl Terminal {
         self.shown.lock().unwrap().clone()
     }
 
+    /// Forgets what it has shown.
+    pub fn clear(&self) {
+        self.shown.lock().unwrap().clear();
+    }
+
     /// Waits until it shows `text`.
     pub fn wait_for(&self, text: &str) {
         let deadline = Instant::now() + PATIENCE;

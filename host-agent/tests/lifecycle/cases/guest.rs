@@ -1,5 +1,7 @@
 //! The real agent behind the daemon. Its programs are this machine's.
 
+use std::process::Child;
+
 use super::*;
 use crate::pty::{self, Terminal};
 
@@ -64,6 +66,49 @@ fn process_with(args: &str) -> bool {
     })
 }
 
+/// A pager and an editor, which have the whole screen, at a terminal with a shell.
+fn screens(terminal: &Terminal, child: &Child) {
+    // Terminfo's smcup and rmcup of xterm: the other screen, and back.
+    let (enter, leave) = ("\x1b[?1049h", "\x1b[?1049l");
+    let type_line = |line: &str| terminal.press(format!("{line}\r").as_bytes());
+    let start = |line: &str| {
+        terminal.clear();
+        type_line(line);
+        terminal.wait_for(enter);
+    };
+    start("seq -f 'line %g.' 1000 | less");
+    terminal.wait_for("line 24.");
+    terminal.press(b"G");
+    terminal.wait_for("line 1000.");
+    terminal.press(b"?^line 5.0\\.\r");
+    // What it found is shown in reverse (smso).
+    terminal.wait_for("\x1b[7mline 590.");
+    terminal.press(b"q");
+    terminal.wait_for(leave);
+
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("note");
+    start(&format!("vim.tiny {}", file.display()));
+    terminal.press("iwritten in vi: äöü".as_bytes());
+    terminal.press(b"\x1b");
+    terminal.resize(66, 22);
+    cli::signal(child, rustix::process::Signal::WINCH);
+    // It says so in its last line once it has heard of the size.
+    cli::wait_for("it has not heard of the size", || {
+        terminal.clear();
+        type_line(":set columns? lines?");
+        std::thread::sleep(Duration::from_millis(100));
+        let shown = terminal.shown();
+        shown.contains("columns=66") && shown.contains("lines=22")
+    });
+    // The list of two takes a key more.
+    terminal.press(b"\r");
+    type_line(":wq");
+    terminal.wait_for(leave);
+    let written = fs::read_to_string(&file).unwrap();
+    assert_eq!(written, "written in vi: äöü\n");
+}
+
 pub(super) async fn the_real_agent_has_terminals() {
     let host = host();
     let daemon = host.start();
@@ -109,6 +154,7 @@ pub(super) async fn the_real_agent_has_terminals() {
     terminal.wait_for("Stopped");
     type_line("kill -9 %1; wait; echo jobs-$((3+4))");
     terminal.wait_for("jobs-7\r\n");
+    screens(&terminal, &child);
     type_line("exit 5");
     assert_eq!(pty::ended(child).code(), Some(5));
 
