@@ -34,6 +34,9 @@ const STREAM_WINDOW_BYTES: u32 = 1024 * 1024;
 const CONNECTION_WINDOW_BYTES: u32 = (1 << 31) - 1;
 /// The agent's chunks of 64 KiB are one frame each.
 const FRAME_BYTES: u32 = 256 * 1024;
+/// What is sent of a call with its head, without asking for room: less than any
+/// window is to begin with (RFC 9113, section 6.9.2).
+const OPENING_BYTES: usize = 16 * 1024;
 /// Of the headers of an answer, or of its trailers: an agent's statuses are smaller.
 const MAX_HEADER_BYTES: u32 = 16 * 1024;
 /// Connections kept for later calls. The agent holds some 30 KiB for each.
@@ -97,6 +100,14 @@ pub struct Reply {
 struct Lease {
     sender: Sender,
     home: Arc<Wire>,
+}
+
+/// What follows the piece of a body that is to be sent.
+enum Next {
+    Data(Bytes),
+    /// It is not here yet.
+    Later,
+    End,
 }
 
 /// A task that ends with this.
@@ -265,40 +276,68 @@ async fn send(body: Body, stream: SendStream<Bytes>) -> Option<Sending> {
 }
 
 async fn pass(mut body: Body, mut stream: SendStream<Bytes>) {
+    let mut held = None;
+    let mut is_opening = true;
     loop {
-        let frame = std::future::poll_fn(|cx| {
+        let next = std::future::poll_fn(|cx| {
             // An agent need not read all that is sent to it.
             if stream.poll_reset(cx).is_ready() {
                 return Poll::Ready(Err(()));
             }
-            Pin::new(&mut body)
-                .poll_frame(cx)
-                .map(|frame| frame.transpose().map_err(|_| ()))
+            poll_next(&mut body, held.is_some(), cx)
         });
-        let data = match frame.await {
-            Ok(Some(frame)) => match frame.into_data() {
-                Ok(data) => data,
-                // Requests have no trailers in gRPC.
-                Err(_) => continue,
-            },
-            Ok(None) => {
-                // The answer says when it could not be sent.
-                let _ = stream.send_data(Bytes::new(), true);
+        let Ok(next) = next.await else {
+            return stream.send_reset(Reason::CANCEL);
+        };
+        let is_last = matches!(next, Next::End);
+        // The answer says when something could not be sent.
+        if let Some(data) = held.take() {
+            let sent = send_data(&mut stream, data, is_last, is_opening).await;
+            if sent.is_none() {
                 return;
             }
-            Err(()) => return stream.send_reset(Reason::CANCEL),
-        };
-        let is_last = body.is_end_stream();
-        if send_data(&mut stream, data, is_last).await.is_none() || is_last {
-            return;
+            is_opening = false;
+        } else if is_last {
+            let _ = stream.send_data(Bytes::new(), true);
+        }
+        match next {
+            Next::Data(data) => held = Some(data),
+            Next::Later => {}
+            Next::End => return,
         }
     }
 }
 
+/// What follows in a body. One piece is held back until this is known, so that the
+/// last can be marked as such: by itself the mark would be a write more, for which
+/// the guest would be interrupted.
+fn poll_next(body: &mut Body, holds: bool, cx: &mut Context<'_>) -> Poll<Result<Next, ()>> {
+    loop {
+        return match Pin::new(&mut *body).poll_frame(cx) {
+            Poll::Ready(Some(Ok(frame))) => match frame.into_data() {
+                Ok(data) => Poll::Ready(Ok(Next::Data(data))),
+                // Requests have no trailers in gRPC.
+                Err(_) => continue,
+            },
+            Poll::Ready(Some(Err(_))) => Poll::Ready(Err(())),
+            Poll::Ready(None) => Poll::Ready(Ok(Next::End)),
+            Poll::Pending if holds => Poll::Ready(Ok(Next::Later)),
+            Poll::Pending => Poll::Pending,
+        };
+    }
+}
+
 /// None: the agent takes no more.
-async fn send_data(stream: &mut SendStream<Bytes>, mut data: Bytes, is_last: bool) -> Option<()> {
-    if data.is_empty() && is_last {
-        return stream.send_data(data, true).ok();
+async fn send_data(
+    stream: &mut SendStream<Bytes>,
+    mut data: Bytes,
+    is_last: bool,
+    is_opening: bool,
+) -> Option<()> {
+    // h2 gives no room to a stream that its connection has not opened yet; who waited
+    // for some would send this by itself, after the head of the call.
+    if data.is_empty() || (is_opening && data.len() <= OPENING_BYTES) {
+        return stream.send_data(data, is_last).ok();
     }
     while !data.is_empty() {
         stream.reserve_capacity(data.len());
@@ -431,6 +470,7 @@ mod tests {
     const HEADERS: u8 = 1;
     const CONTINUATION: u8 = 9;
     const DATA: u8 = 0;
+    const END_STREAM: u8 = 1;
     const END_HEADERS: u8 = 4;
 
     fn frame(kind: u8, flags: u8, payload: &[u8]) -> Vec<u8> {
@@ -474,6 +514,37 @@ mod tests {
     fn status_200() -> Vec<u8> {
         // RFC 7541, appendix A: index 8.
         frame(HEADERS, END_HEADERS, &[0x88])
+    }
+
+    #[tokio::test]
+    async fn a_small_call_is_two_frames_of_one_write() {
+        const TEN: &[u8] = b"0123456789";
+        let (host, mut guest) = UnixStream::pair().unwrap();
+        let none = std::path::Path::new("/none");
+        let wire = Wire::new(Dialler::new(none, vec![host.into()]));
+        // That it is over is only told when it is asked for more.
+        let pieces = tokio_stream::iter([Ok::<_, Status>(Frame::data(Bytes::from_static(TEN)))]);
+        let mut request = Request::new(Body::new(http_body_util::StreamBody::new(pieces)));
+        *request.uri_mut() = "/a.B/C".parse().unwrap();
+        let listening = tokio::task::spawn_blocking(move || {
+            let mut buffer = [0; 4096];
+            // The connection's own words come with the call or before it.
+            loop {
+                let read = guest.read(&mut buffer).unwrap();
+                assert_ne!(read, 0, "it ended");
+                if buffer[..read].ends_with(TEN) {
+                    break buffer[..read].to_vec();
+                }
+            }
+        });
+        tokio::select! {
+            _ = wire.call(Way::Own, request) => {}
+            heard = listening => {
+                let heard = heard.unwrap();
+                let data = frame(DATA, END_STREAM, TEN);
+                assert!(heard.ends_with(&data) && heard.len() > data.len(), "{heard:?}");
+            }
+        }
     }
 
     #[tokio::test]
