@@ -3,6 +3,7 @@
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::devices::Device;
+use crate::devices::virtio::Interrupt;
 
 /// A device on the bus. vCPU threads and the event loop share it.
 pub type SharedDevice = Arc<Mutex<dyn Device>>;
@@ -32,17 +33,28 @@ pub struct Overlap(pub Range, pub Range);
 /// that vCPUs look things up without a lock.
 #[derive(Default)]
 pub struct Bus {
-    entries: Vec<(Range, SharedDevice)>,
+    entries: Vec<Entry>,
+}
+
+struct Entry {
+    range: Range,
+    device: SharedDevice,
+    interrupt: Option<Interrupt>,
 }
 
 // === impl Bus ===
 
 impl Bus {
     pub fn insert(&mut self, range: Range, device: SharedDevice) -> Result<(), Overlap> {
-        if let Some((taken, _)) = self.entries.iter().find(|(r, _)| r.overlaps(&range)) {
-            return Err(Overlap(*taken, range));
+        if let Some(taken) = self.entries.iter().find(|e| e.range.overlaps(&range)) {
+            return Err(Overlap(taken.range, range));
         }
-        self.entries.push((range, device));
+        let interrupt = lock(&device).interrupt();
+        self.entries.push(Entry {
+            range,
+            device,
+            interrupt,
+        });
         Ok(())
     }
 
@@ -50,8 +62,11 @@ impl Bus {
     /// a bus that nothing drives. Returns whether a device answered.
     pub fn read(&self, space: Space, address: u64, data: &mut [u8]) -> bool {
         match self.find(space, address, data.len()) {
-            Some((offset, device)) => {
-                lock(device).read(offset, data);
+            Some((offset, entry)) => {
+                let interrupt = entry.interrupt.as_ref();
+                if !interrupt.is_some_and(|interrupt| interrupt.read(offset, data)) {
+                    lock(&entry.device).read(offset, data);
+                }
                 true
             }
             None => {
@@ -64,16 +79,22 @@ impl Bus {
     /// Writes to the device at `address`; where there is none, the write is
     /// lost. Returns whether a device answered.
     pub fn write(&self, space: Space, address: u64, data: &[u8]) -> bool {
-        self.find(space, address, data.len())
-            .map(|(offset, device)| lock(device).write(offset, data))
-            .is_some()
+        let Some((offset, entry)) = self.find(space, address, data.len()) else {
+            return false;
+        };
+        let interrupt = entry.interrupt.as_ref();
+        if !interrupt.is_some_and(|interrupt| interrupt.write(offset, data)) {
+            lock(&entry.device).write(offset, data);
+        }
+        true
     }
 
-    fn find(&self, space: Space, address: u64, bytes: usize) -> Option<(u64, &SharedDevice)> {
-        self.entries.iter().find_map(|(range, device)| {
+    fn find(&self, space: Space, address: u64, bytes: usize) -> Option<(u64, &Entry)> {
+        self.entries.iter().find_map(|entry| {
+            let range = &entry.range;
             let offset = address.checked_sub(range.start)?;
             let end = offset.checked_add(bytes as u64)?;
-            (range.space == space && end <= range.bytes).then_some((offset, device))
+            (range.space == space && end <= range.bytes).then_some((offset, entry))
         })
     }
 }
@@ -96,10 +117,26 @@ pub fn lock(device: &SharedDevice) -> MutexGuard<'_, dyn Device + 'static> {
 
 #[cfg(test)]
 mod tests {
+    use virtio_bindings::virtio_mmio::{
+        VIRTIO_MMIO_INT_CONFIG, VIRTIO_MMIO_INTERRUPT_ACK, VIRTIO_MMIO_INTERRUPT_STATUS,
+    };
+    use vmm_sys_util::eventfd::EventFd;
+
     use super::*;
     use crate::devices::Counters;
 
     struct Echo(Vec<u8>);
+
+    struct Interrupting(Interrupt);
+
+    impl Device for Interrupting {
+        fn interrupt(&self) -> Option<Interrupt> {
+            Some(self.0.clone())
+        }
+        fn counters(&self) -> Counters {
+            Counters::new()
+        }
+    }
 
     impl Device for Echo {
         fn read(&mut self, offset: u64, data: &mut [u8]) {
@@ -135,6 +172,29 @@ mod tests {
         assert_eq!(data, [0xff]);
         assert!(bus.write(Space::Port, 0x13, &[9]));
         assert_eq!(device.lock().unwrap().0, [3, 9]);
+    }
+
+    #[test]
+    fn an_interrupt_is_handled_while_its_device_is_busy() {
+        let interrupt = Interrupt::new(EventFd::new(0).unwrap());
+        let device = Arc::new(Mutex::new(Interrupting(interrupt.clone())));
+        let mut bus = Bus::default();
+        bus.insert(range(Space::Memory, 0x1000, 0x200), device.clone())
+            .unwrap();
+        let busy = device.lock().unwrap();
+        interrupt.signal_config_change();
+        let mut status = [0; 4];
+        let (status_at, ack_at) = (
+            0x1000 + u64::from(VIRTIO_MMIO_INTERRUPT_STATUS),
+            0x1000 + u64::from(VIRTIO_MMIO_INTERRUPT_ACK),
+        );
+        assert!(bus.read(Space::Memory, status_at, &mut status));
+        assert_eq!(u32::from_le_bytes(status), VIRTIO_MMIO_INT_CONFIG);
+        assert!(bus.write(Space::Memory, ack_at, &status));
+        assert_eq!(interrupt.status(), 0);
+        drop(busy);
+        // Not of their width: the device's own affair.
+        assert!(bus.read(Space::Memory, status_at, &mut [0; 2]));
     }
 
     #[test]

@@ -11,6 +11,7 @@ use std::os::fd::BorrowedFd;
 use acpi_tables::{Aml, AmlSink};
 use serde::{Deserialize, Serialize};
 
+use self::virtio::Interrupt;
 use crate::bus::Range;
 
 pub mod generation;
@@ -54,6 +55,12 @@ pub trait Device: Send {
 
     /// A vCPU writes at `offset` into the device's range.
     fn write(&mut self, _offset: u64, _data: &[u8]) {}
+
+    /// Registers of its interrupt, which vCPUs reach without the device's lock: who
+    /// handles an interrupt would wait for what the event loop does next.
+    fn interrupt(&self) -> Option<Interrupt> {
+        None
+    }
 
     /// Descriptors that the event loop watches for readability.
     fn sources(&self) -> Vec<BorrowedFd<'_>> {

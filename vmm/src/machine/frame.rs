@@ -6,7 +6,9 @@ use std::sync::Arc;
 
 use kvm_bindings::CpuId;
 use kvm_ioctls::{IoEventAddress, VmFd};
-use virtio_bindings::virtio_mmio::VIRTIO_MMIO_QUEUE_NOTIFY;
+use virtio_bindings::virtio_mmio::{
+    VIRTIO_MMIO_INT_VRING, VIRTIO_MMIO_INTERRUPT_ACK, VIRTIO_MMIO_QUEUE_NOTIFY,
+};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::kvm::{self, KvmError, refused};
@@ -52,6 +54,10 @@ pub struct Wire {
     pub interrupt: EventFd,
     /// Rung by the driver, one for each queue.
     pub doorbells: Vec<EventFd>,
+    /// Takes the driver's word that it has seen used buffers, which nobody needs, so
+    /// that it stays in the kernel: InterruptStatus goes on to tell of them, and a
+    /// driver bears to look once too often.
+    acknowledged: EventFd,
 }
 
 // === impl Wire ===
@@ -60,6 +66,7 @@ impl Wire {
     pub fn new(queues: usize) -> std::io::Result<Self> {
         Ok(Self {
             interrupt: EventFd::new(EFD_NONBLOCK)?,
+            acknowledged: EventFd::new(EFD_NONBLOCK)?,
             doorbells: (0..queues)
                 .map(|_| EventFd::new(EFD_NONBLOCK))
                 .collect::<Result<_, _>>()?,
@@ -77,6 +84,13 @@ impl Wire {
                 vm.register_ioevent(doorbell, &IoEventAddress::Mmio(notify), queue)
                     .map_err(refused("KVM_IOEVENTFD"))?;
             }
+            let acknowledge = range.start + u64::from(VIRTIO_MMIO_INTERRUPT_ACK);
+            vm.register_ioevent(
+                &self.acknowledged,
+                &IoEventAddress::Mmio(acknowledge),
+                VIRTIO_MMIO_INT_VRING,
+            )
+            .map_err(refused("KVM_IOEVENTFD"))?;
         }
         Ok(())
     }

@@ -181,7 +181,6 @@ impl VirtioMmio {
                 self.selected_queue()
                     .map_or(u32::from(activated), |queue| u32::from(queue.ready()))
             }
-            reg::VIRTIO_MMIO_INTERRUPT_STATUS => self.interrupt.status(),
             reg::VIRTIO_MMIO_STATUS => self.status,
             // What changes in our chips' configuration while they run is of one
             // access, so no driver can read it half changed.
@@ -208,7 +207,6 @@ impl VirtioMmio {
                     queue.set_ready(value == 1);
                 }
             }
-            reg::VIRTIO_MMIO_INTERRUPT_ACK => self.interrupt.acknowledge(value),
             reg::VIRTIO_MMIO_STATUS => self.write_status(value),
             reg::VIRTIO_MMIO_QUEUE_DESC_LOW => {
                 self.set_address(Queue::set_desc_table_address, value, false);
@@ -392,6 +390,10 @@ impl Device for VirtioMmio {
         } else if let (Ok(offset), Ok(word)) = (u32::try_from(offset), <[u8; 4]>::try_from(data)) {
             self.write_register(offset, u32::from_le_bytes(word));
         }
+    }
+
+    fn interrupt(&self) -> Option<Interrupt> {
+        Some(self.interrupt.clone())
     }
 
     fn sources(&self) -> Vec<BorrowedFd<'_>> {

@@ -6,7 +6,10 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use serde::{Deserialize, Serialize};
-use virtio_bindings::virtio_mmio::{VIRTIO_MMIO_INT_CONFIG, VIRTIO_MMIO_INT_VRING};
+use virtio_bindings::virtio_mmio::{
+    VIRTIO_MMIO_INT_CONFIG, VIRTIO_MMIO_INT_VRING, VIRTIO_MMIO_INTERRUPT_ACK,
+    VIRTIO_MMIO_INTERRUPT_STATUS,
+};
 use virtio_queue::Queue;
 use vmm_sys_util::eventfd::EventFd;
 
@@ -171,6 +174,28 @@ impl Interrupt {
     #[cfg(test)]
     pub(crate) fn irqfd(&self) -> &EventFd {
         &self.irqfd
+    }
+
+    /// Reads at `offset` into virtio-mmio's registers, if that is InterruptStatus.
+    pub fn read(&self, offset: u64, data: &mut [u8]) -> bool {
+        let word = <&mut [u8; 4]>::try_from(data);
+        let is_status = offset == u64::from(VIRTIO_MMIO_INTERRUPT_STATUS);
+        let Some(word) = word.ok().filter(|_| is_status) else {
+            return false;
+        };
+        *word = self.status().to_le_bytes();
+        true
+    }
+
+    /// Writes at `offset` into virtio-mmio's registers, if that is InterruptACK.
+    pub fn write(&self, offset: u64, data: &[u8]) -> bool {
+        let word = <[u8; 4]>::try_from(data);
+        let is_ack = offset == u64::from(VIRTIO_MMIO_INTERRUPT_ACK);
+        let Some(word) = word.ok().filter(|_| is_ack) else {
+            return false;
+        };
+        self.acknowledge(u32::from_le_bytes(word));
+        true
     }
 
     /// Sets InterruptStatus as it was saved.
