@@ -81,6 +81,12 @@ impl Monitor {
             .env_clear()
             .stdin(Stdio::from(theirs))
             .spawn()?;
+        // A spawn returns before exec has exchanged the memory, whose pagemap is wanted.
+        let before = std::fs::read_link("/proc/self/exe")?;
+        let program = format!("/proc/{}/exe", child.id());
+        while std::fs::read_link(&program).is_ok_and(|program| program == before) {
+            std::thread::yield_now();
+        }
         Ok(Self {
             child,
             control: Control::new(ours),

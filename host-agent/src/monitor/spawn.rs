@@ -5,14 +5,18 @@ use std::io;
 use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
 
 use super::process::{MonitorProcess, ProcessError};
 use super::socket::ControlSocket;
 
 /// The number under which the monitor inherits its control socket: its standard
-/// input, so that the standard library starts it with posix_spawn(3), which
-/// copies no page tables of a large daemon.
+/// input, so that nothing of ours runs between fork and exec.
 const CONTROL_FD: i32 = 0;
+
+/// How long a new process may take from the end of its spawn to its first
+/// instruction: microseconds, on a host that is alive.
+const EXEC: Duration = Duration::from_secs(1);
 
 #[derive(Debug, thiserror::Error)]
 pub enum SpawnError {
@@ -47,7 +51,7 @@ pub fn spawn(binary: &Path, log: File) -> Result<(MonitorProcess, ControlSocket)
         .stdout(log)
         .stderr(stderr)
         .process_group(0);
-    let child = command.spawn().map_err(|source| {
+    let mut child = command.spawn().map_err(|source| {
         let binary = binary.to_owned();
         match source.kind() {
             io::ErrorKind::NotFound => SpawnError::Missing { binary },
@@ -55,12 +59,38 @@ pub fn spawn(binary: &Path, log: File) -> Result<(MonitorProcess, ControlSocket)
             _ => SpawnError::Start { binary, source },
         }
     })?;
+    let before = std::fs::read_link("/proc/self/exe");
+    if let Err(source) = before.and_then(|before| wait_for_exec(child.id(), &before)) {
+        // Dropped, it would run on.
+        let _ = child.kill();
+        let _ = child.wait();
+        let binary = binary.to_owned();
+        return Err(SpawnError::Start { binary, source });
+    }
     Ok((MonitorProcess::of_child(child)?, ours))
+}
+
+/// Waits until process `pid` runs another program than `before`.
+///
+/// A spawn returns when exec closes what it is to close, or lets go of a vfork; the
+/// memory is exchanged some instructions later (begin_new_exec in Linux 6.12.117).
+/// A pagemap that is opened between the two is for ever of the memory from before.
+fn wait_for_exec(pid: u32, before: &Path) -> io::Result<()> {
+    let program = format!("/proc/{pid}/exe");
+    let give_up = Instant::now() + EXEC;
+    // None has ended, which others find out.
+    while std::fs::read_link(&program).is_ok_and(|program| program == before) {
+        if Instant::now() > give_up {
+            return Err(io::ErrorKind::TimedOut.into());
+        }
+        std::thread::yield_now();
+    }
+    Ok(())
 }
 
 #[cfg(test)]
 mod tests {
-    use std::os::unix::fs::PermissionsExt;
+    use std::os::unix::fs::{FileExt as _, PermissionsExt};
 
     use super::*;
 
@@ -89,6 +119,49 @@ mod tests {
         assert!(told.starts_with("args --control-fd 0\nsocket:["), "{told}");
         // Its end of the control socket is the only socket.
         assert!(told.ends_with("]\n/\n1\n"), "{told}");
+    }
+
+    #[test]
+    fn what_has_not_run_its_program_yet_is_waited_for() {
+        let mut command = Command::new("/bin/sh");
+        let script = "sleep 0.1; exec cat";
+        let mut child = command
+            .args(["-c", script])
+            .stdin(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let program = |pid| std::fs::read_link(format!("/proc/{pid}/exe")).unwrap();
+        let shell = std::fs::canonicalize("/bin/sh").unwrap();
+        // Of the test's own spawn.
+        wait_for_exec(child.id(), &std::env::current_exe().unwrap()).unwrap();
+        assert_eq!(program(child.id()), shell);
+        wait_for_exec(child.id(), &shell).unwrap();
+        assert_eq!(
+            program(child.id()),
+            std::fs::canonicalize("/bin/cat").unwrap()
+        );
+        drop(child.stdin.take());
+        child.wait().unwrap();
+        // One that has ended is no reason to wait.
+        wait_for_exec(child.id(), &shell).unwrap();
+    }
+
+    #[tokio::test]
+    async fn its_pagemap_is_of_its_own_memory() {
+        let folder = tempfile::tempdir().unwrap();
+        let binary = script(folder.path(), "#!/bin/sh\nread line\n");
+        // Each may be met in the middle of its exec.
+        for round in 0..300 {
+            let log = tempfile::tempfile().unwrap();
+            let (mut process, socket) = spawn(&binary, log).unwrap();
+            let pagemap = process.pagemap().unwrap();
+            std::thread::sleep(Duration::from_micros(500));
+            // Of memory that is gone, nothing is read.
+            let read = pagemap.read_at(&mut [0; 8], 0).unwrap();
+            assert_eq!(read, 8, "in round {round}");
+            drop(socket);
+            process.ended().await;
+        }
     }
 
     #[tokio::test]
