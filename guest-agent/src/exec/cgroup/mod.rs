@@ -24,7 +24,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::fs::{Mode, OFlags, fstat, openat};
+use rustix::fs::fstat;
 use rustix::io::Errno;
 use tokio::task::yield_now;
 use tokio::time::timeout;
@@ -46,6 +46,7 @@ const TRIES: usize = 2;
 
 const PLAIN: &str = "plain";
 const LIMITED: &str = "limited";
+const EVENTS: &str = "cgroup.events";
 
 /// Makes cgroups below one folder of a cgroup2 filesystem.
 pub(crate) struct Cgroups {
@@ -76,6 +77,8 @@ pub(crate) struct Cgroup {
 struct Folder {
     path: PathBuf,
     file: File,
+    /// Its cgroup.events.
+    events: File,
 }
 
 /// What cgroup.events says.
@@ -124,7 +127,8 @@ impl Cgroups {
         // With its parents, which root in the guest may have removed.
         fs::create_dir_all(&path)?;
         let file = File::open(&path)?;
-        Ok(Folder { path, file })
+        let events = File::open(path.join(EVENTS))?;
+        Ok(Folder { path, file, events })
     }
 
     fn cgroup(self: &Arc<Self>, folder: Folder, is_used: bool, is_fit: bool) -> Cgroup {
@@ -143,7 +147,7 @@ impl Cgroups {
         // As for `make`: root in the guest may have removed it.
         fs::create_dir_all(&self.parent)?;
         // First, for it proves that this is still a cgroup.
-        let events = File::open(self.parent.join("cgroup.events"))?;
+        let events = File::open(self.parent.join(EVENTS))?;
         fs::write(self.parent.join("cgroup.freeze"), "1")?;
         timeout(FREEZE_PATIENCE, wait_until_frozen(&events))
             .await
@@ -264,9 +268,7 @@ impl Folder {
 
     /// None where it has been removed.
     fn events(&self) -> Option<Events> {
-        let flags = OFlags::RDONLY | OFlags::CLOEXEC;
-        let events = openat(&self.file, "cgroup.events", flags, Mode::empty()).ok()?;
-        Events::read(&File::from(events)).ok()
+        Events::read(&self.events).ok()
     }
 }
 
