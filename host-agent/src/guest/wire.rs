@@ -32,10 +32,10 @@ const STREAM_WINDOW_BYTES: u32 = 1024 * 1024;
 /// The largest that HTTP/2 has: on a connection with several calls, one that nobody
 /// reads must not hold up the others.
 const CONNECTION_WINDOW_BYTES: u32 = (1 << 31) - 1;
-/// The agent's chunks of 64 KiB are one frame each.
+/// The agent's chunks of files are little more than one frame each.
 const FRAME_BYTES: u32 = 256 * 1024;
-/// What is sent of a call with its head, without asking for room: less than any
-/// window is to begin with (RFC 9113, section 6.9.2).
+/// What is sent of a call with its head, without asking for room: less than the window
+/// that a stream has unless it is told otherwise (RFC 9113, section 6.9.2).
 const OPENING_BYTES: usize = 16 * 1024;
 /// Of the headers of an answer, or of its trailers: an agent's statuses are smaller.
 const MAX_HEADER_BYTES: u32 = 16 * 1024;

@@ -90,6 +90,7 @@ fn wait_for_exec(pid: u32, before: &Path) -> io::Result<()> {
 
 #[cfg(test)]
 mod tests {
+    use std::io::Write as _;
     use std::os::unix::fs::{FileExt as _, PermissionsExt};
 
     use super::*;
@@ -123,27 +124,29 @@ mod tests {
 
     #[test]
     fn what_has_not_run_its_program_yet_is_waited_for() {
-        let mut command = Command::new("/bin/sh");
-        let script = "sleep 0.1; exec cat";
-        let mut child = command
-            .args(["-c", script])
+        let mut child = Command::new("/bin/sh")
+            .args(["-c", "read line; exec cat"])
             .stdin(Stdio::piped())
             .spawn()
             .unwrap();
-        let program = |pid| std::fs::read_link(format!("/proc/{pid}/exe")).unwrap();
-        let shell = std::fs::canonicalize("/bin/sh").unwrap();
+        let mut stdin = child.stdin.take().unwrap();
+        let pid = child.id();
+        let program = || std::fs::read_link(format!("/proc/{pid}/exe")).unwrap();
+        let [shell, cat] = ["/bin/sh", "/bin/cat"].map(|path| std::fs::canonicalize(path).unwrap());
         // Of the test's own spawn.
-        wait_for_exec(child.id(), &std::env::current_exe().unwrap()).unwrap();
-        assert_eq!(program(child.id()), shell);
-        wait_for_exec(child.id(), &shell).unwrap();
-        assert_eq!(
-            program(child.id()),
-            std::fs::canonicalize("/bin/cat").unwrap()
-        );
-        drop(child.stdin.take());
+        wait_for_exec(pid, &std::env::current_exe().unwrap()).unwrap();
+        assert_eq!(program(), shell);
+        let teller = std::thread::spawn(move || {
+            std::thread::sleep(Duration::from_millis(100));
+            stdin.write_all(b"\n").unwrap();
+            stdin
+        });
+        wait_for_exec(pid, &shell).unwrap();
+        assert_eq!(program(), cat);
+        drop(teller.join().unwrap());
         child.wait().unwrap();
         // One that has ended is no reason to wait.
-        wait_for_exec(child.id(), &shell).unwrap();
+        wait_for_exec(pid, &shell).unwrap();
     }
 
     #[tokio::test]
